@@ -1,0 +1,121 @@
+"""Tiny bases and batches for the tests: built in the process, nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+torch.set_num_threads(1)
+
+VOCABULARY = 64
+IMAGE_TOKEN = 63
+METHODS = Path(__file__).resolve().parents[1] / "methods"
+
+
+def _randomise(model: nn.Module) -> nn.Module:
+    """Random non-zero values everywhere, norms and biases included, so that nothing is a no-op."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(0.15 * noise)
+    return model.eval()
+
+
+def _llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _llava() -> nn.Module:
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    text = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+BUILDERS = {"llama": _llama, "llava": _llava}
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., nn.Module]:
+    """make_model("llama" | "llava", dtype) -> a fresh deep copy of a tiny base."""
+    originals: dict[str, nn.Module] = {}
+
+    def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        if kind not in originals:
+            originals[kind] = _randomise(BUILDERS[kind]())
+        return copy.deepcopy(originals[kind]).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batches() -> Callable[..., list[dict[str, Tensor]]]:
+    """make_batches(kind, count, dtype, size) -> batches with labels on the second half only."""
+
+    def make(
+        kind: str, count: int = 1, dtype: torch.dtype = torch.float32, size: int = 3
+    ) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for _ in range(count):
+            ids = torch.randint(1, IMAGE_TOKEN, (size, 10), generator=generator)
+            batch = {"attention_mask": torch.ones_like(ids)}
+            if kind == "llava":
+                ids[:, :4] = IMAGE_TOKEN
+                pixels = torch.randn(size, 3, 16, 16, generator=generator)
+                batch["pixel_values"] = pixels.to(dtype)
+            labels = ids.clone()
+            labels[:, :5] = -100
+            found.append({"input_ids": ids, "labels": labels, **batch})
+        return found
+
+    return make

@@ -1,0 +1,129 @@
+"""What the tests of methods share: a tuner on a tiny base, a few steps, and how results compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ballast.anatomy import anatomy_of, targets_of
+from ballast.context import Context
+from ballast.declare import read_method
+from ballast.decompositions import Decompositions
+from ballast.tuner import Tuner, load_method
+
+METHODS = Path(__file__).resolve().parents[1] / "methods"
+
+# Settings without which a run of a few steps on a tiny base would not reach a method's own work.
+QUICK: dict[str, dict[str, Any]] = {
+    "fish": {"keep_ratio": 0.05, "examples": 5},
+    "lorasculpt": {"density": 0.3, "fraction": 0.5, "alpha": 0.1, "beta": 0.1},
+    "l2_sp": {"alpha": 1.0},
+}
+
+
+def tuner_of(
+    name: str,
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    *,
+    rank: int = 4,
+    connector: str = "frozen",
+    modules: str | list[str] = "all",
+    seed: int = 0,
+    steps: int = 4,
+    settings: dict[str, Any] | None = None,
+) -> Tuner:
+    """A method on a base, not started yet."""
+    file = read_method(METHODS / f"{name}.py")
+
+    def examples(count: int) -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            size = min(count, len(batch["labels"]))
+            count -= size
+            if size:
+                yield {key: value[:size] for key, value in batch.items()}
+
+    module = load_method(file.path)
+    values = file.settings({**QUICK.get(name, {}), **(settings or {})})
+    ctx = Context(
+        model=model,
+        anatomy=anatomy_of(model),
+        hyper=getattr(module, "Hyper", file.hyper)(**values),
+        rank=rank if file.declaration.rank else None,
+        targets=targets_of(model, modules, connector),
+        generator=torch.Generator().manual_seed(seed),
+        cache=Decompositions(),
+        total_steps=steps,
+        learning_rate=1e-2,
+        connector=connector,
+        batches=examples,
+    )
+    return Tuner(module, ctx)
+
+
+@torch.no_grad()
+def randomise(tuner: Tuner) -> None:
+    """Random non-zero adapter values: at B = 0 half of the gradients vanish."""
+    generator = torch.Generator().manual_seed(7)
+    for _, adapter in tuner.ctx.adapters():
+        for name, parameter in adapter.named_parameters():
+            if not name.startswith("base."):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(0.1 * noise)
+
+
+def optimiser_of(tuner: Tuner, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    return torch.optim.AdamW(tuner.parameter_groups(weight_decay), betas=(0.9, 0.999))
+
+
+def train(
+    tuner: Tuner,
+    batches: list[dict[str, Tensor]],
+    steps: int,
+    optimiser: torch.optim.Optimizer | None = None,
+    accumulation: int = 1,
+) -> torch.optim.Optimizer:
+    """The training loop's order of work, without its schedule."""
+    optimiser = optimiser or optimiser_of(tuner)
+    ctx = tuner.ctx
+    ctx.model.train()
+    for _ in range(steps):
+        optimiser.zero_grad()
+        for micro in range(accumulation):
+            backward(tuner, batches[(ctx.step + micro) % len(batches)], accumulation)
+        tuner.after_backward()
+        torch.nn.utils.clip_grad_norm_(list(ctx.trainable().values()), 1.0)
+        optimiser.step()
+        ctx.step += 1
+        tuner.after_step()
+    ctx.model.eval()
+    return optimiser
+
+
+def backward(tuner: Tuner, batch: dict[str, Tensor], accumulation: int = 1) -> None:
+    loss = tuner.ctx.model(**batch).loss
+    penalty = tuner.penalty()
+    if penalty is not None:
+        loss = loss + penalty
+    (loss / accumulation).backward()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    model.eval()
+    return model(**batch).logits
+
+
+@torch.no_grad()
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference relative to that of `expected`."""
+    scale = torch.linalg.vector_norm(expected.double()).clamp_min(1e-300)
+    return float(torch.linalg.vector_norm(found.double() - expected.double()) / scale)
+
+
+def same_bytes(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

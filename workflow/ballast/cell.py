@@ -1,0 +1,398 @@
+"""The way of one cell: base and data in, a record out. Run as a child of `supervise`, or by hand.
+
+python -m ballast.cell PLAN CELL [--root ROOT] [--results RESULTS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ballast.quiet  # noqa: F401  (first: the libraries read its settings when imported)
+from ballast.costs import Phases, since_start
+from ballast.errors import BallastError, DataError, Diverged
+from ballast.files import read_json, sha256_file, write_json, write_text
+from ballast.layout import Layout
+from ballast.outcome import blank_record, cell_folder, ready_base
+from ballast.plan import read_plan
+
+ADAPTER, CHECKPOINT, CURVE, RECORD = (
+    "adapter.safetensors",
+    "checkpoint.safetensors",
+    "curve.csv",
+    "run.json",
+)
+PHASES = ("start", "load", "attach", "train", "merge", "evaluate")
+# Exit codes by which the child tells its supervisor what happened.
+RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
+
+
+def run_cell(row: dict[str, Any], layout: Layout, report: Any) -> dict[str, Any]:
+    """Train (or edit parents), store, score; returns the record, status ok.
+
+    A stored adapter whose train key is this cell's is scored again, not trained again.
+    Raises Diverged, DataError, and whatever the method raises.
+    """
+    phases = Phases()
+    spec = json.loads(row["spec"])
+    folder, ready = cell_folder(row, layout), ready_base(row, layout)
+    work = _Work(row, spec, layout, folder, ready, phases, report)
+    stored = work.stored()
+    if stored is None:
+        stored = work.train() if not row["posthoc"] else work.edit()
+    return work.score(stored)
+
+
+class _Work:
+    """One cell in this process; the steps share what they loaded."""
+
+    def __init__(
+        self,
+        row: dict[str, Any],
+        spec: dict[str, Any],
+        layout: Layout,
+        folder: Path,
+        ready: dict[str, Any],
+        phases: Phases,
+        report: Any,
+    ) -> None:
+        self.row, self.spec, self.layout, self.folder = row, spec, layout, folder
+        self.ready, self.phases, self.report = ready, phases, report
+        self.base: Any = None
+        self.tuner: Any = None
+
+    def stored(self) -> dict[str, Any] | None:
+        """What an earlier run of this very cell stored when it had trained, or None."""
+        from ballast.tensorfile import read_tensors
+
+        path = self.folder / ADAPTER
+        if not path.exists():
+            return None
+        try:
+            tensors, about = read_tensors(path)
+        except DataError as error:
+            self.report.note(f"{error}; training again")
+            path.rename(path.with_suffix(".damaged"))
+            return None
+        if about["train_key"] != self.row["train_key"]:
+            return None
+        self.report.note("trained before; scoring only")
+        with self.phases.phase("load"):
+            self._load()
+        if self.row["posthoc"]:
+            self._put(tensors)
+        else:
+            self.tuner = make_tuner(self.base, self.spec, self.layout)
+            self.tuner.restore(tensors)
+        return about
+
+    def train(self) -> dict[str, Any]:
+        """Train from the base or the latest checkpoint; stores adapter and curve."""
+        from ballast.training import Trainer
+
+        with self.phases.phase("load"):
+            self._load()
+            examples = self._examples()
+        with self.phases.phase("attach"):
+            self.tuner = make_tuner(self.base, self.spec, self.layout)
+            trainer = Trainer(
+                self.tuner,
+                examples,
+                self.spec["training"],
+                self.spec["seed"],
+                self.folder / CHECKPOINT,
+                self.report.step,
+            )
+            trainer.prepare()
+        first_step = since_start()
+        with self.phases.phase("train"):
+            outcome = trainer.run()
+        about = {
+            "train_key": self.row["train_key"],
+            "seconds": dict(self.phases.seconds),
+            "memory_mb": dict(self.phases.memory_mb),
+            "first_step_seconds": first_step,
+            "step_ms": 1000 * statistics.median(outcome.step_seconds),
+            "tokens": outcome.tokens,
+            "resumed_from": outcome.resumed_from,
+            "trainable_parameters": self.tuner.trained_count(),
+            "scale": _scale(self.tuner.ctx),
+            "report": {name: float(value) for name, value in self.tuner.report().items()},
+            "curve": {
+                "steps": len(outcome.losses),
+                "first_loss": outcome.losses[0],
+                "last_loss": statistics.fmean(outcome.losses[-10:]),
+            },
+        }
+        lines = [f"{step},{loss:.6g}" for step, loss in enumerate(outcome.losses, 1)]
+        write_text(self.folder / CURVE, "\n".join(["step,loss", *lines]) + "\n")
+        return self._store(self.tuner.tensors(), about)
+
+    def edit(self) -> dict[str, Any]:
+        """Run a post-hoc method on the finished parents; nothing is trained."""
+        from ballast.context import PostHoc
+        from ballast.tuner import WEIGHT, load_method
+
+        parents = [self._parent(name) for name in self.spec["parents"]]
+        with self.phases.phase("load"):
+            self._load()
+        method = load_method(self.layout.methods / f"{self.spec['method']}.py")
+        context = PostHoc(
+            base=dict(self.base.model.state_dict()),
+            tuned=parents,
+            hyper=_hyper(method, self.spec),
+            generator=_generator(self.spec["seed"]),
+        )
+        with self.phases.phase("attach"):
+            weights = method.post_hoc(context)
+        tensors = {WEIGHT + name: value for name, value in weights.items()}
+        about = {
+            "train_key": self.row["train_key"],
+            "seconds": dict(self.phases.seconds),
+            "memory_mb": dict(self.phases.memory_mb),
+            "trainable_parameters": None,
+            "report": {},
+        }
+        self._put(tensors)
+        return self._store(tensors, about)
+
+    def score(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Merge where the method merges, score every task, and write up the record."""
+        from ballast.evaluation import score_task, write_items
+        from ballast.harness import language_model
+        from ballast.tasks import read_tasks
+        from ballast.template import template_for
+
+        scored = "adapted"
+        if self.spec["merges"]:
+            scored = "merged"
+            if self.tuner is not None:
+                with self.phases.phase("merge"):
+                    self.tuner.merge()
+        tasks = read_tasks(self.layout.tasks)
+        delimiter = template_for(self.base.tokenizer, self.spec).delimiter
+        record = blank_record(self.row, self.ready, tasks)
+        with self.phases.phase("evaluate"):
+            self.base.model.eval()
+            lm = language_model(self.base, self.spec["evaluation"]["batch_size"])
+            for name in self.spec["tasks"]:
+                folder = Path(self.ready["tasks"][name]["folder"])
+                split = self.spec.get("split", "test")
+                scores = score_task(lm, tasks[name], folder, delimiter, split)
+                path = self.folder / "samples" / f"{name}.parquet"
+                write_items(scores, path)
+                record["scores"][name] = scores.summary
+                record["files"][f"samples/{name}.parquet"] = sha256_file(path)
+                self.report.note(f"{name}: {scores.summary['value']:.1f}")
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return self._complete(record, stored, scored)
+
+    def _complete(
+        self, record: dict[str, Any], stored: dict[str, Any], scored: str
+    ) -> dict[str, Any]:
+        from ballast.provenance import provenance
+
+        seconds = self.phases.seconds | {
+            k: v for k, v in stored["seconds"].items() if k in ("attach", "train", "load", "start")
+        }
+        seconds = dict.fromkeys(PHASES, 0.0) | seconds
+        seconds["total"] = sum(seconds.values())
+        memory = stored["memory_mb"] | self.phases.memory_mb
+        record |= {"status": "ok", "scored": scored, "report": stored["report"]}
+        record["curve"] = stored.get("curve")
+        record["settings"]["scale"] = stored.get("scale")
+        record["files"][ADAPTER] = stored["digest"]
+        record["costs"] = {
+            "trainable_parameters": stored["trainable_parameters"],
+            "total_parameters": stored["total_parameters"],
+            "adapter_bytes": (self.folder / ADAPTER).stat().st_size,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "first_step_seconds": stored.get("first_step_seconds"),
+            "step_ms": stored.get("step_ms"),
+            "memory_mb": {k: round(memory[k], 1) for k in ("train", "evaluate") if k in memory},
+            "tokens": stored.get("tokens"),
+        }
+        record["provenance"] |= provenance(self.layout.root, str(self.base.model.device))
+        record["provenance"]["resumed_from"] = stored.get("resumed_from")
+        return record
+
+    def _store(self, tensors: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+        from ballast.tensorfile import tensors_digest, write_tensors
+
+        about["total_parameters"] = sum(p.numel() for p in self.base.model.parameters())
+        about |= {"digest": tensors_digest(tensors), "spec": self.row["spec"]}
+        write_tensors(self.folder / ADAPTER, tensors, about)
+        return about
+
+    def _load(self) -> None:
+        import torch
+
+        from ballast.models import load_base, use_stored_features
+
+        training = self.spec["training"]
+        torch.set_num_threads(training["threads"])
+        self.base = load_base(Path(self.ready["model"]), training["precision"], training["device"])
+        if self.base.multimodal:
+            use_stored_features(self.base)
+
+    def _examples(self) -> Any:
+        from ballast.data import load_split
+        from ballast.training import Examples
+
+        folder = Path(self.ready["tasks"][self.spec["target"]]["folder"])
+        table, features = load_split(folder, "train")
+        columns = table.with_format("numpy")[:]
+        return Examples(
+            input_ids=list(columns["input_ids"]),
+            prompt_lengths=columns["prompt_length"].tolist(),
+            pad=self.base.tokenizer.pad_token_id,
+            images=columns["image"].tolist() if features is not None else None,
+            features=features.to(self.base.model.dtype) if features is not None else None,
+        )
+
+    def _put(self, tensors: dict[str, Any]) -> None:
+        """Write plain weights into the model."""
+        from ballast.tuner import WEIGHT
+
+        state = self.base.model.state_dict()
+        for name, value in tensors.items():
+            state[name.removeprefix(WEIGHT)].copy_(value)
+
+    def _parent(self, name: str) -> dict[str, Any]:
+        """Merged weights of a finished parent that differ from the base's."""
+        from ballast.tensorfile import read_tensors
+
+        folder = self.layout.cell(self.spec["suite"], name)
+        record = read_json(folder / RECORD)
+        if record["status"] != "ok":
+            raise BallastError(f"parent {name} failed: {record['failure']['reason']}")
+        tensors, about = read_tensors(folder / ADAPTER, record["files"][ADAPTER])
+        spec = json.loads(about["spec"])
+        return merged_weights(Path(self.ready["model"]), spec, self.layout, tensors)
+
+
+def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
+    """The method of a spec at work on a loaded base."""
+    from ballast.anatomy import targets_of
+    from ballast.context import Context
+    from ballast.decompositions import Decompositions
+    from ballast.tuner import Tuner, load_method
+
+    method = load_method(layout.methods / f"{spec['method']}.py")
+    context = Context(
+        model=base.model,
+        anatomy=base.anatomy,
+        hyper=_hyper(method, spec),
+        rank=spec["rank"],
+        targets=targets_of(base.model, spec["modules"], spec["connector"]),
+        generator=_generator(spec["seed"]),
+        cache=Decompositions(layout.decompositions(spec["base"], spec["base_key"])),
+        total_steps=spec["training"]["steps"],
+        learning_rate=spec["learning_rate"],
+        connector=spec["connector"],
+    )
+    return Tuner(method, context)
+
+
+def merged_weights(
+    model: Path, spec: dict[str, Any], layout: Layout, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    """Plain weights, by name, in which a trained cell differs from its base.
+
+    Raises BallastError for a method that does not merge.
+    """
+    import torch
+
+    from ballast.models import load_base
+
+    if not spec["merges"]:
+        raise BallastError(f"{spec['method']} does not merge into plain weights")
+    base = load_base(model, spec["training"]["precision"])
+    before = {k: v.detach().clone() for k, v in base.model.state_dict().items()}
+    tuner = make_tuner(base, spec, layout)
+    tuner.restore(tensors)
+    tuner.merge()
+    after = base.model.state_dict()
+    return {k: v.detach().cpu() for k, v in after.items() if not torch.equal(v, before[k])}
+
+
+def _hyper(method: Any, spec: dict[str, Any]) -> Any:
+    hyper = getattr(method, "Hyper", None)
+    return hyper(**spec["hyper"]) if hyper else None
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    from ballast.training import derived_seed
+
+    return torch.Generator().manual_seed(derived_seed(seed, "adapter"))
+
+
+def _scale(ctx: Any) -> float | None:
+    """The scale that took effect, where all adapters share one."""
+    scales = {float(a.scale) for _, a in ctx.adapters() if hasattr(a, "scale")}
+    return scales.pop() if len(scales) == 1 else None
+
+
+def failed_record(
+    row: dict[str, Any], layout: Layout, kind: str, reason: str, attempts: int
+) -> dict[str, Any]:
+    """The record of a cell that did not finish: its kind of failure and one line of reason."""
+    from ballast.tasks import read_tasks
+
+    record = blank_record(row, ready_base(row, layout), read_tasks(layout.tasks))
+    line = " ".join(reason.split())[:500]
+    record |= {"status": "failed"}
+    record["failure"] = {"kind": kind, "reason": line, "attempts": attempts}
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one cell and write its record; the exit code says what happened (see the constants)."""
+    from ballast.progress import Progress
+
+    parser = argparse.ArgumentParser(prog="python -m ballast.cell", description=__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("cell")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    layout = Layout(options.root or Layout.here().root, options.results)
+    plan = read_plan(options.plan)
+    if options.cell not in plan.index:
+        raise SystemExit(f"{options.cell}: no such cell in {options.plan}")
+    row = plan.loc[options.cell].to_dict()
+    progress = Progress(row["id"])
+    try:
+        record = run_cell(row, layout, progress)
+    except Diverged as error:
+        record = failed_record(row, layout, "diverged", str(error), 1)
+    except DataError as error:
+        print(f"{row['id']}: {error}", file=sys.stderr)
+        return BROKEN
+    except Exception as error:
+        if _out_of_memory(error):
+            print(f"{row['id']}: out of memory: {error}", file=sys.stderr)
+            return OUT_OF_MEMORY
+        traceback.print_exc()
+        record = failed_record(row, layout, "raised", f"{type(error).__name__}: {error}", 1)
+    write_json(cell_folder(row, layout) / RECORD, record)
+    return RECORDED
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The `ballast` command: what is not a target of the workflow.
+
+ballast retry [SUITE.yaml] [-- SNAKEMAKE ARGUMENTS]   try the failed cells again
+ballast cell SUITE.yaml CELL                          run one cell here, in this process
+ballast plan [SUITE.yaml]                             list the cells and their status
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from ballast.errors import BallastError, SuiteError
+from ballast.layout import Layout
+from ballast.status import forget_failed, make_plan_file, opening_text, statuses
+
+DEFAULT = Path("config/config.yaml")
+
+
+def _plan(path: Path, layout: Layout) -> tuple[str, Path]:
+    """Name of a suite and the file of its plan."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SuiteError(f"{path}: no such suite; see config/") from None
+    return config.get("suite", ""), make_plan_file(config, layout.root, layout.results, path.parent)
+
+
+def _retry(options: argparse.Namespace, layout: Layout) -> int:
+    name, path = _plan(options.suite, layout)
+    removed = forget_failed(pd.read_parquet(path), layout, name)
+    print(f"{len(removed)} failed cells to try again", *removed, sep="\n  ")
+    if not removed:
+        return 0
+    command = ["snakemake", "--configfile", str(options.suite), *options.snakemake]
+    return subprocess.run(command).returncode
+
+
+def _cell(options: argparse.Namespace, layout: Layout) -> int:
+    from ballast import cell
+
+    _, path = _plan(options.suite, layout)
+    known = pd.read_parquet(path)["id"]
+    found = [name for name in known if name.startswith(options.cell)]
+    if len(found) != 1:
+        raise SuiteError(f"{options.cell}: {len(found)} cells begin so; `ballast plan` lists them")
+    arguments = [str(path), found[0], "--root", str(layout.root), "--results", str(layout.results)]
+    return cell.main(arguments)
+
+
+def _list(options: argparse.Namespace, layout: Layout) -> int:
+    name, path = _plan(options.suite, layout)
+    plan = pd.read_parquet(path)
+    for cell, status in statuses(plan, layout, name).items():
+        print(f"{status:8} {cell}")
+    print(opening_text(plan, layout, name, cores=1))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; errors of the user's are one line on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="ballast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    retry = commands.add_parser("retry", help="try the failed cells of a suite again")
+    retry.add_argument("suite", type=Path, nargs="?", default=DEFAULT)
+    retry.add_argument("snakemake", nargs="*", help="arguments for Snakemake, after --")
+    retry.set_defaults(run=_retry)
+    cell = commands.add_parser("cell", help="run one cell in this process (for a debugger)")
+    cell.add_argument("suite", type=Path)
+    cell.add_argument("cell", help="the cell's id, or a beginning of it that is unique")
+    cell.set_defaults(run=_cell)
+    plan = commands.add_parser("plan", help="list the cells of a suite and their status")
+    plan.add_argument("suite", type=Path, nargs="?", default=DEFAULT)
+    plan.set_defaults(run=_list)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options, Layout.here())
+    except BallastError as error:
+        print(f"ballast: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Data of a base: rows rendered, tokenised and stored once, shared by all its cells.
+
+A task's folder holds one `datasets` table per split, features.safetensors per split for images, and
+manifest.json, written last: counts, what was dropped, fingerprints, the template's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ballast import sources
+from ballast.errors import DataError
+from ballast.files import read_json, write_json
+from ballast.models import Base, tower_features
+from ballast.tasks import Task
+from ballast.template import Template, template_for
+
+MANIFEST = "manifest.json"
+
+
+def identity(row: dict[str, Any]) -> str:
+    """The text by which a row is known: question and, for images, what the image shows."""
+    text = row.get("text") or row["question"]
+    return " ".join(f"{row.get('identity', '')} {text}".lower().split())
+
+
+def prepare_task(
+    load: Callable[[], Base],
+    spec: dict[str, Any],
+    task: Task,
+    entry: dict[str, Any],
+    folder: Path,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make a task's folder for a base, unless it is there; returns its manifest.
+
+    load: gives the base, called only if there is work; spec: the base's part of the suite; entry: the plan's entry (sizes, max_length).
+    Raises DataError for overlapping splits of generated data, and for rows of the wrong kind.
+    """
+    if (folder / MANIFEST).exists():
+        return read_json(folder / MANIFEST)
+    base = load()
+    if task.image and not base.multimodal:
+        raise DataError(f"{task.name} shows images, but the base is a text model")
+    shutil.rmtree(folder, ignore_errors=True)
+    made = {split: sources.rows(task.source, split, n) for split, n in entry["sizes"].items()}
+    dropped = _separate(made, task)
+    manifest: dict[str, Any] = {"task": task.name, "source": task.source, "splits": {}}
+    identities = {}
+    for split, rows in made.items():
+        features, images = _features(base, rows) if task.image else (None, [0] * len(rows))
+        tokens = features.shape[1] if features is not None else 0
+        template = template_for(base.tokenizer, spec, tokens)
+        table, lost = _table(rows, images, split, task, template, entry["max_length"])
+        table.save_to_disk(folder / split)
+        if features is not None:
+            save_file({"features": features.contiguous()}, folder / f"{split}.safetensors")
+        identities[split] = [identity(row) for row in rows]
+        manifest["splits"][split] = {
+            "rows": len(table),
+            "too_long": lost,
+            "overlapping": dropped.get(split, 0),
+            "fingerprint": table._fingerprint,
+            "text_sha256": _digest(identities[split]),
+        }
+        report(f"{task.name} {split}: {len(table)} rows" + (f", {lost} too long" if lost else ""))
+        manifest["template"] = None if task.rolling else template.digest()
+    write_json(folder / "identities.json", identities)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _separate(made: dict[str, list[sources.Row]], task: Task) -> dict[str, int]:
+    """Take rows out of training (and validation) whose text is also in validation or test.
+
+    Generated data are disjoint by construction, so an overlap there is an error; in data of others
+    it is dropped from the training side and counted.
+    """
+    dropped: dict[str, int] = {}
+    seen: set[str] = set()
+    for split in ("test", "validation", "train"):
+        if split not in made:
+            continue
+        kept = [row for row in made[split] if identity(row) not in seen]
+        lost = len(made[split]) - len(kept)
+        if lost and task.source["reader"] == "world":
+            odd = next(identity(r) for r in made[split] if identity(r) in seen)
+            raise DataError(f"{task.name}: {lost} rows of {split} stand in another split: {odd!r}")
+        dropped[split], made[split] = lost, kept
+        seen |= {identity(row) for row in kept}
+    return dropped
+
+
+def _features(base: Base, rows: list[sources.Row]) -> tuple[Tensor, list[int]]:
+    """Tower features of the rows' distinct images, and each row's place in them."""
+    keys: dict[bytes, int] = {}
+    distinct, places = [], []
+    for row in rows:
+        image = row.get("image")
+        if image is None or not hasattr(image, "convert"):
+            raise DataError(f"{identity(row)!r}: image is {image!r}; a picture is expected")
+        key = hashlib.sha256(image.tobytes()).digest()
+        if key not in keys:
+            keys[key] = len(distinct)
+            distinct.append(image)
+        places.append(keys[key])
+    return tower_features(base, distinct), places
+
+
+def _table(
+    rows: list[sources.Row],
+    images: list[int],
+    split: str,
+    task: Task,
+    template: Template,
+    max_length: int | None,
+) -> tuple[datasets.Dataset, int]:
+    """A split as a table: training rows tokenised, evaluation rows rendered."""
+    if task.rolling:
+        return datasets.Dataset.from_list([{"text": row["text"]} for row in rows]), 0
+    end = template.tokenizer.eos_token_id
+    records, lost = [], 0
+    for row, image in zip(rows, images, strict=True):
+        prompt = template.prompt(row["question"], task.image)
+        head, tail = template.encode(prompt, row["response"])
+        if max_length and len(head) + len(tail) + 1 > max_length:
+            lost += 1
+            continue
+        record: dict[str, Any] = {"image": image}
+        if split == "train":
+            record |= {"input_ids": [*head, *tail, end], "prompt_length": len(head)}
+        else:
+            record |= {k: row[k] for k in ("question", "response") if k in row}
+            record["prompt"] = prompt
+            if task.output_type == "multiple_choice":
+                record |= {"choices": row["choices"], "answer": row["answer"]}
+        records.append(record)
+    if not records:
+        raise DataError(f"{task.name} {split}: every row is longer than {max_length} tokens")
+    return datasets.Dataset.from_list(records), lost
+
+
+def check_overlaps(folders: dict[str, Path], targets: list[str]) -> None:
+    """Refuse targets whose training text is an item of another task of the same base.
+
+    folders: task folders by task. Raises DataError that names the tasks and an item.
+    """
+    texts = {name: read_json(folder / "identities.json") for name, folder in folders.items()}
+    for target in targets:
+        train = set(texts[target].get("train", []))
+        for name, splits in texts.items():
+            if name == target:
+                continue
+            shared = train & set(splits["test"])
+            if shared:
+                raise DataError(
+                    f"{len(shared)} training items of {target} are test items of {name}, such as "
+                    f"{min(shared)!r}: what is trained cannot measure what is retained; "
+                    "take one of the two out of the suite"
+                )
+
+
+def load_split(folder: Path, split: str) -> tuple[datasets.Dataset, Tensor | None]:
+    """A prepared split, and its image features if it has images."""
+    table = datasets.load_from_disk(str(folder / split))
+    path = folder / f"{split}.safetensors"
+    return table, load_file(path)["features"] if path.exists() else None

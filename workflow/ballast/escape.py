@@ -1,0 +1,50 @@
+"""Text from elsewhere (names, titles, reasons) made harmless for each format that shows it."""
+
+from __future__ import annotations
+
+import re
+
+
+def one_line(text: str) -> str:
+    """The text without control characters, line breaks or runs of blanks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def slug(text: str) -> str:
+    """A file name from any text: letters, digits, dot, underscore and hyphen, at most 120."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:120] or "table"
+
+
+def shorten(text: str, longest: int) -> str:
+    """The text cut to `longest` characters, with an ellipsis if it was longer."""
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, inside a table's cell too; HTML in it stays text."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore inside a word is plain text in GitHub's Markdown.
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", re.sub(r"([\\`*\[\]|~$!#])", r"\\\1", text))
+    return re.sub(r"(?i)\b(https?|www)(?=[:.])", r"\1&#8203;", text)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
+    "[": "{[}", "]": "{]}", "*": "{*}", "`": r"\textasciigrave{}", "-": r"{-}",
+    "Δ": r"$\Delta$", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "α": r"$\alpha$",
+    "β": r"$\beta$", "λ": r"$\lambda$", "≥": r"$\geq$", "≤": r"$\leq$", "…": r"\ldots{}",
+}  # fmt: skip
+
+
+def latex(text: str) -> str:
+    """Text for LaTeX: its specials escaped; characters beyond Latin named by their code point.
+
+    A bracket or star at the start of a row would be read as an argument of the row before it.
+    """
+    return "".join(_LATEX.get(c) or _latin(c) for c in one_line(text))
+
+
+def _latin(c: str) -> str:
+    return c if ord(c) < 0x180 or c == "–" else f"{{[}}U+{ord(c):04X}{{]}}"

@@ -1,0 +1,162 @@
+"""Scoring a model on a prepared task: lm-eval runs the requests, local metrics score the items."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from ballast import metrics
+from ballast.data import load_split
+from ballast.files import replacing
+from ballast.harness import ImageLM, TextLM
+from ballast.tasks import Task
+
+
+@dataclass
+class Scores:
+    """A task's summary (as a record holds it) and its items, one row each."""
+
+    summary: dict[str, Any]
+    items: pd.DataFrame
+
+
+def score_task(
+    lm: TextLM | ImageLM, task: Task, folder: Path, delimiter: str, split: str = "test"
+) -> Scores:
+    """Score a model on a split of a prepared task.
+
+    The summary has `value` (the task's metric and unit), `n`, `loss` in nats per token of the true
+    response, and for text byte_perplexity.
+    """
+    table, features = load_split(folder, split)
+    if features is not None:
+        assert isinstance(lm, ImageLM)
+        lm.features = features
+    samples = _run(lm, task, table, delimiter)
+    if task.rolling:
+        assert isinstance(lm, TextLM)
+        return _rolling(lm, task, samples)
+    if task.output_type == "multiple_choice":
+        return _choices(lm, task, samples, delimiter)
+    return _generated(lm, task, samples, delimiter)
+
+
+def _run(
+    lm: TextLM | ImageLM, task: Task, table: datasets.Dataset, delimiter: str
+) -> list[dict[str, Any]]:
+    """lm-eval's per-item samples, in the table's order."""
+    config = {k: v for k, v in task.config.items() if k not in ("metadata", "dataset_path")}
+    config |= {
+        "custom_dataset": lambda **_: datasets.DatasetDict({"test": table}),
+        "test_split": "test",
+        "num_fewshot": 0,
+        "metadata": {"version": task.metadata.get("version", 1)},
+    }
+    config.pop("validation_split", None)
+    if not task.rolling:
+        config["target_delimiter"] = delimiter
+    manager = TaskManager(include_defaults=False)
+    results = evaluator.evaluate(lm=lm, task_dict=manager.load([config]), bootstrap_iters=0)
+    return sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+
+
+def _tokens(lm: TextLM | ImageLM, prompt: str, continuation: str) -> int:
+    return len(lm._encode_pair(prompt, continuation)[1])
+
+
+def _choices(
+    lm: TextLM | ImageLM, task: Task, samples: list[dict[str, Any]], delimiter: str
+) -> Scores:
+    """Multiple choice: the choice with the highest log-likelihood."""
+    rows = []
+    for sample in samples:
+        doc, logs = sample["doc"], [float(answer[0]) for answer in sample["filtered_resps"]]
+        true = logs[doc["answer"]]
+        tokens = _tokens(lm, doc["prompt"], delimiter + doc["choices"][doc["answer"]])
+        rows.append(
+            {
+                "item": sample["doc_id"],
+                "prediction": max(range(len(logs)), key=logs.__getitem__),
+                "reference": doc["answer"],
+                "loglikelihoods": logs,
+                "loss": -true / tokens,
+                "tokens": tokens,
+            }
+        )
+    return _summary(task, pd.DataFrame(rows))
+
+
+def _generated(
+    lm: TextLM | ImageLM, task: Task, samples: list[dict[str, Any]], delimiter: str
+) -> Scores:
+    """Generation: text against text, and the loss of the true response beside it."""
+    requests = []
+    for sample in samples:
+        doc = sample["doc"]
+        arguments = (doc["prompt"], delimiter + doc["response"])
+        if isinstance(lm, ImageLM):
+            arguments += ({"visual": doc["image"]},)
+        requests.append(Instance("loglikelihood", doc, arguments, 0))
+    logs = lm.loglikelihood(requests, disable_tqdm=True)
+    rows = []
+    for sample, (log, _) in zip(samples, logs, strict=True):
+        doc = sample["doc"]
+        tokens = _tokens(lm, doc["prompt"], delimiter + doc["response"])
+        rows.append(
+            {
+                "item": sample["doc_id"],
+                "prediction": str(sample["filtered_resps"][0]).strip(),
+                "reference": doc["response"],
+                "loss": -log / tokens,
+                "tokens": tokens,
+            }
+        )
+    scores = _summary(task, pd.DataFrame(rows))
+    answered = sum(bool(text) for text in scores.items["prediction"])
+    scores.summary["answered"] = 100 * answered / len(scores.items)
+    return scores
+
+
+def _rolling(lm: TextLM, task: Task, samples: list[dict[str, Any]]) -> Scores:
+    """Running text: next-token accuracy, nats per token, perplexity per byte."""
+    rows = []
+    for sample in samples:
+        text = sample["doc"]["text"]
+        tokens, hits = lm.rolling[text]
+        total = -float(sample["resps"][0][0])
+        rows.append(
+            {
+                "item": sample["doc_id"],
+                "prediction": hits,
+                "reference": tokens,
+                "loss": total / tokens,
+                "tokens": tokens,
+                "bytes": len(text.encode("utf-8")),
+            }
+        )
+    scores = _summary(task, pd.DataFrame(rows))
+    nats = float((scores.items["loss"] * scores.items["tokens"]).sum())
+    scores.summary["byte_perplexity"] = math.exp(nats / int(scores.items["bytes"].sum()))
+    return scores
+
+
+def _summary(task: Task, items: pd.DataFrame) -> Scores:
+    """The task's metric over the items, and the loss per token over all their tokens."""
+    value, scores = metrics.score(task.metric, items["prediction"], items["reference"])
+    items["score"] = scores
+    loss = float((items["loss"] * items["tokens"]).sum() / items["tokens"].sum())
+    return Scores({"value": value, "n": len(items), "loss": loss}, items)
+
+
+def write_items(scores: Scores, path: Path) -> None:
+    """Store the items of a task, one row each, as parquet."""
+    with replacing(path) as temporary:
+        scores.items.to_parquet(temporary, index=False)

@@ -1,0 +1,80 @@
+"""Where things lie: the one place that knows the names of folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ballast.errors import DataError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkout (`root`, with methods/ and workflow/) and the folder that runs write to."""
+
+    root: Path
+    results: Path
+
+    @classmethod
+    def here(cls) -> Layout:
+        """The checkout that this library was installed from; results under the working directory."""
+        return cls(Path(__file__).resolve().parents[2], Path("results"))
+
+    @property
+    def methods(self) -> Path:
+        return self.root / "methods"
+
+    @property
+    def tasks(self) -> Path:
+        return self.root / "workflow" / "tasks"
+
+    def schema(self, name: str) -> Path:
+        return self.root / "workflow" / "schemas" / f"{name}.schema.yaml"
+
+    def suite(self, name: str) -> Path:
+        return self.results / name
+
+    def cell(self, suite: str, cell: str) -> Path:
+        return self.suite(suite) / "cells" / cell
+
+    def plan(self, suite: str, key: str) -> Path:
+        return self.suite(suite) / "plan" / f"{key}.parquet"
+
+    @property
+    def shared(self) -> Path:
+        return self.results / "shared"
+
+    def base(self, base: str, key: str) -> Path:
+        return self.shared / "bases" / f"{base}-{key}"
+
+    def data(self, base: str, base_key: str, task: str, key: str) -> Path:
+        return self.shared / "data" / f"{base}-{base_key}" / f"{task}-{key}"
+
+    def scores(self, base: str, base_key: str, task: str, key: str) -> Path:
+        return self.shared / "scores" / f"{base}-{base_key}" / f"{task}-{key}"
+
+    def decompositions(self, base: str, base_key: str) -> Path:
+        return self.shared / "decompositions" / f"{base}-{base_key}"
+
+
+def real_data(relative: str) -> Path:
+    """A file or folder of the real data that the environment variable BALLAST_DATA names.
+
+    `relative` may start with $BALLAST_DATA/; an absolute path is taken as it is.
+    Raises DataError that says what to set.
+    """
+    relative = relative.removeprefix("$BALLAST_DATA/")
+    if Path(relative).is_absolute():
+        path = Path(relative)
+    else:
+        folder = os.environ.get("BALLAST_DATA")
+        if not folder:
+            raise DataError(
+                f"{relative}: real data is needed; set the environment variable BALLAST_DATA to the "
+                "folder that holds it (README, 'Real data')"
+            )
+        path = Path(folder) / relative
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; is BALLAST_DATA right?")
+    return path

@@ -1,0 +1,102 @@
+"""The part of a record that is known before a cell runs: identity, settings, keys, tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ballast import versions
+from ballast.errors import DataError
+from ballast.files import read_json
+from ballast.layout import Layout
+from ballast.tasks import Task
+
+
+def blank_record(
+    row: dict[str, Any], ready: dict[str, Any], tasks: dict[str, Task]
+) -> dict[str, Any]:
+    """A record of a plan's row without results, in the order in which it is read.
+
+    ready: the base as `ready.make_ready` left it (its own scores and data).
+    """
+    spec = json.loads(row["spec"])
+    rank = spec["rank"]
+    return {
+        "format": versions.RECORD,
+        "id": row["id"],
+        "status": "failed",
+        "failure": None,
+        "identity": {key: spec[key] for key in ("suite", "base", "target", "method", "variant")}
+        | {"rank": rank, "seed": spec["seed"], "parents": spec["parents"]},
+        "method": {
+            "title": spec["title"],
+            "family": spec["family"],
+            "digest": spec["method_digest"],
+        },
+        "keys": {
+            "train": row["train_key"],
+            "eval": row["eval_key"],
+            "base": row["base_key"],
+            "data": row["data_key"],
+        },
+        "settings": {
+            "learning_rate": spec.get("learning_rate"),
+            "learning_rate_source": spec.get("learning_rate_source"),
+            "hyper": spec["hyper"],
+            "training": None if row["posthoc"] else spec["training"],
+            "modules": spec["modules"],
+            "connector": spec["connector"],
+            "scale": None,
+            "evaluation": spec["evaluation"],
+        },
+        "tasks": {name: _task(tasks[name], entry) for name, entry in spec["tasks"].items()},
+        "scored": None,
+        "scores": {},
+        "base_scores": {name: ready["tasks"][name]["scores"] for name in spec["tasks"]},
+        "costs": {
+            "trainable_parameters": None,
+            "total_parameters": None,
+            "adapter_bytes": None,
+            "seconds": {},
+            "first_step_seconds": None,
+            "step_ms": None,
+            "memory_mb": {},
+            "tokens": None,
+        },
+        "report": {},
+        "curve": None,
+        "files": {},
+        "provenance": {
+            "base": {"source": spec["source"], "files": ready["files"]},
+            "data": {name: ready["tasks"][name]["manifest"] for name in spec["tasks"]},
+            "versions": {"train": versions.TRAIN, "evaluation": versions.EVALUATION},
+        },
+    }
+
+
+def cell_folder(row: dict[str, Any], layout: Layout) -> Path:
+    """Where a cell of a plan (or of the plan of `tune`) keeps its files."""
+    spec = json.loads(row["spec"])
+    return layout.cell(spec.get("folder", spec["suite"]), row["id"])
+
+
+def ready_base(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The base of a cell as `ready.make_ready` left it. Raises DataError if it is another one."""
+    suite = json.loads(row["spec"])["suite"]
+    ready = read_json(layout.suite(suite) / "bases" / f"{row['base']}.json")
+    if ready["base_key"] != row["base_key"]:
+        raise DataError(f"base {row['base']} changed under the cell: plan and base disagree")
+    return ready
+
+
+def _task(task: Task, entry: dict[str, Any]) -> dict[str, Any]:
+    metadata = task.metadata
+    return {
+        "title": metadata["title"],
+        "role": entry["role"],
+        "metric": task.metric,
+        "unit": task.unit,
+        "direction": metadata["direction"],
+        "chance": task.chance,
+    }

@@ -1,0 +1,129 @@
+"""The record of a cell, `run.json`: its format, how it is read, and whether it is still current.
+
+A record that cannot be trusted is refused as a whole with one line that says why: tables never show
+half of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from ballast.errors import DataError
+from ballast.layout import Layout
+
+NAME = "run.json"
+STATUSES = ("ok", "failed", "stale", "rescore", "missing")
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    schema = yaml.safe_load(Layout.here().schema("record").read_text(encoding="utf-8"))
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _line(text: str, longest: int = 300) -> str:
+    """The text on one line without control characters, cut if long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def validate_record(record: Any) -> None:
+    """Raise DataError with one line that names the field, if the record breaks its format.
+
+    The schema says what may stand where. Beyond it: every number is finite, points lie in 0 to 100,
+    a unit of points means that higher is better, and an ok record has every task's score for the
+    tuned model and for the base.
+    """
+    worst = jsonschema.exceptions.best_match(_validator().iter_errors(record))
+    if worst is not None:
+        where = ".".join(str(part) for part in worst.absolute_path) or "the record"
+        raise DataError(_line(f"{where}: {worst.message}"))
+    bad = _not_finite(record, "")
+    if bad:
+        raise DataError(_line(f"{bad}: not a finite number"))
+    for name, task in record["tasks"].items():
+        if task["unit"] == "points" and task["direction"] != "higher":
+            raise DataError(_line(f"tasks.{name}: points are higher-is-better"))
+        for block in ("scores", "base_scores"):
+            _check_score(record, block, name, task)
+    for block in ("scores", "base_scores"):
+        for name in record[block]:
+            if name not in record["tasks"]:
+                raise DataError(_line(f"{block}.{name}: not among the record's tasks"))
+
+
+def _check_score(record: dict[str, Any], block: str, name: str, task: dict[str, Any]) -> None:
+    score = record[block].get(name)
+    if score is None:
+        if record["status"] == "ok":
+            raise DataError(_line(f"{block}.{name}: missing in a record that is ok"))
+        return
+    if task["unit"] == "points" and not -1e-9 <= score["value"] <= 100 + 1e-9:
+        raise DataError(_line(f"{block}.{name}.value: {score['value']} is not in 0 to 100 points"))
+
+
+def _not_finite(value: Any, where: str) -> str:
+    """Path of the first number that is NaN or infinite, or an empty text."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else where
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    return next((bad for k, v in items if (bad := _not_finite(v, f"{where}.{k}".strip(".")))), "")
+
+
+def read_path(path: Path) -> dict[str, Any]:
+    """Read and check one record. Raises DataError with one line for a damaged or missing file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        validate_record(record)
+    except OSError as error:
+        raise DataError(_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(_line(f"{path}: damaged, not JSON: {error}")) from None
+    except DataError as error:
+        raise DataError(_line(f"{path}: {error}")) from None
+    return record
+
+
+def scan(cells_folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every record under `cells_folder` (a folder per cell, named by its id), and the problems.
+
+    Returns the readable records sorted by id, and one line for each record that is damaged or that
+    lies in another cell's folder. A folder without a record (an unfinished cell) is neither.
+    """
+    records, problems = [], []
+    for path in sorted(cells_folder.glob(f"*/{NAME}")):
+        try:
+            record = read_path(path)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if record["id"] != path.parent.name:
+            problems.append(_line(f"{path}: holds the record of another cell, {record['id']}"))
+            continue
+        records.append(record)
+    return sorted(records, key=lambda record: record["id"]), problems
+
+
+def status_of(row_of_plan: Any, record: dict[str, Any] | None) -> str:
+    """Where a planned cell stands, one of `STATUSES`.
+
+    row_of_plan: anything with the keys train_key and eval_key (a row of the plan).
+    missing: no record. stale: trained under other settings, data, code or base; wins over the rest.
+    failed: the current settings failed (whatever was evaluated). rescore: trained as planned, but
+    the scores come from other task definitions or evaluation code.
+    """
+    if record is None:
+        return "missing"
+    if record["keys"]["train"] != row_of_plan["train_key"]:
+        return "stale"
+    if record["status"] == "failed":
+        return "failed"
+    return "ok" if record["keys"]["eval"] == row_of_plan["eval_key"] else "rescore"

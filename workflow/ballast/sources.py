@@ -1,0 +1,222 @@
+"""Readers: from a task's `source` to rows, whatever their origin.
+
+A row has `question` and `response`; multiple-choice rows add `choices` and `answer` (an index);
+image rows add `image` (PIL, RGB); plain-text rows have `text` alone. `identity`, where present, is
+the text that tells two rows apart when question and response do not (the scene of an image).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ballast.errors import DataError
+from ballast.files import key_of, key_of_files
+from ballast.layout import real_data
+
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+
+
+def rows(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """At most `count` rows of a split, the same ones every time.
+
+    Raises DataError if the data cannot be found or the reader is unknown.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}; allowed: {', '.join(SPLITS)}")
+    found = _reader(source)(source, split, count)
+    if not found:
+        raise DataError(f"{source}: no rows in split {split}")
+    return found
+
+
+def digest(source: dict[str, Any]) -> str:
+    """Key of everything that the rows of a source depend on: files read, or the code that makes them."""
+    if source["reader"] == "world":
+        return key_of(
+            source, key_of_files(*sorted((Path(__file__).parent / "worlds").glob("*.py")))
+        )
+    if source["reader"] == "hub":
+        return key_of(source)
+    return key_of(source, key_of_files(*[real_data(path) for path in _paths(source)]))
+
+
+def _paths(source: dict[str, Any]) -> list[str]:
+    return [source[key] for key in ("path", "train", "test", "images") if key in source]
+
+
+def _reader(source: dict[str, Any]) -> Callable[[dict[str, Any], str, int | None], list[Row]]:
+    readers = {
+        "world": _world,
+        "scan": _scan,
+        "stories": _stories,
+        "wikitext": _wikitext,
+        "easy_vqa": _easy_vqa,
+        "jsonl": _jsonl,
+        "hub": _hub,
+    }
+    name = source.get("reader")
+    if name not in readers:
+        raise DataError(f"reader {name!r}; allowed: {', '.join(sorted(readers))}")
+    return readers[name]
+
+
+def _world(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    from ballast.worlds import text, vision
+
+    world = {"micro-lm": text, "micro-vlm": vision}[source["world"]]
+    made = world.rows(source["task"], split, count)
+    for row in made:
+        if "scene" in row:
+            row["identity"] = row.pop("scene")
+    return made
+
+
+def _split_tail(items: list[Any], split: str, seed: int, share: float = 0.1) -> list[Any]:
+    """Train or validation part of a training file, by a seeded shuffle."""
+    order = list(range(len(items)))
+    random.Random(f"split-{seed}").shuffle(order)
+    cut = int(len(items) * share)
+    return [items[i] for i in (order[:cut] if split == "validation" else order[cut:])]
+
+
+def _scan(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """SCAN: commands to action sequences; test items stratified by the length of the actions."""
+    path = real_data(source["test" if split == "test" else "train"])
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        command, _, actions = line.removeprefix("IN: ").partition(" OUT: ")
+        found.append({"question": command, "response": actions})
+    if split == "test":
+        return _stratified(found, count, lambda row: len(row["response"].split()))
+    return _split_tail(found, split, seed=0)[:count]
+
+
+def _stratified(items: list[Row], count: int | None, stratum: Callable[[Row], int]) -> list[Row]:
+    """`count` items that keep each stratum's share, drawn with a fixed seed."""
+    if count is None or count >= len(items):
+        return items
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for item in items:
+        groups[stratum(item)].append(item)
+    drawn, owed = [], 0.0
+    for key in sorted(groups):
+        members = groups[key]
+        random.Random(f"stratum-{key}").shuffle(members)
+        owed += count * len(members) / len(items)
+        take = min(len(members), round(owed - len(drawn)))
+        drawn += members[:take]
+    return drawn[:count]
+
+
+def _stories(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """TinyStories' plain text: whole stories, which begin with "Once upon" or "One day".
+
+    A story that begins otherwise cannot be told from a paragraph and hangs on the one before; each
+    piece is cut to its first `longest` characters, about one context of the model.
+    """
+    text = real_data(source["path"]).read_text(encoding="utf-8")
+    # The file is a piece of a longer one: its first and last stories may be cut off.
+    parts = re.split(r"\n\s*\n(?=Once upon|One day)", text)[1:-1]
+    stories = [part.strip()[: source["longest"]] for part in parts if part.strip()]
+    return [{"text": story} for story in stories[:count]]
+
+
+def _wikitext(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """WikiText: paragraphs of at least 200 characters, headings left out."""
+    lines = real_data(source["path"]).read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if len(line) >= 200 and not line.startswith(" =")]
+    random.Random("wikitext").shuffle(texts)
+    return [{"text": text} for text in texts[:count]]
+
+
+def _easy_vqa(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """easy-VQA: a question about a picture of one shape; 13 answers, scored as multiple choice."""
+    from PIL import Image
+
+    name = "test" if split == "test" else "train"
+    items = json.loads(real_data(source[name]).read_text(encoding="utf-8"))
+    if split != "test":
+        # Validation holds whole images out, so that no picture stands on both sides.
+        images = sorted({item[2] for item in items})
+        kept = set(_split_tail(images, split, seed=0))
+        items = [item for item in items if item[2] in kept]
+    random.Random(f"easy_vqa-{split}").shuffle(items)
+    choices = sorted({item[1] for item in json.loads(real_data(source["train"]).read_text())})
+    found, pictures = [], {}
+    with zipfile.ZipFile(real_data(source["images"])) as archive:
+        for question, answer, image in items[:count]:
+            if image not in pictures:
+                raw = archive.read(f"{name}/images/{image}.png")
+                pictures[image] = Image.open(io.BytesIO(raw)).convert("RGB")
+            found.append(
+                {
+                    "question": " ".join(re.findall(r"[a-z]+|\?", question.lower())),
+                    "response": answer,
+                    "choices": choices,
+                    "answer": choices.index(answer),
+                    "image": pictures[image],
+                    "identity": f"{name} {image}",
+                }
+            )
+    return found
+
+
+def _jsonl(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """A user's own data: one JSON object a line, or one array, with the row's keys (see README)."""
+    key = "test" if split == "test" else "train"
+    if key not in source:
+        raise DataError(f"{source}: no path for the split {split}")
+    path = real_data(source[key])
+    text = path.read_text(encoding="utf-8")
+    items = json.loads(text) if text.lstrip().startswith("[") else _lines(path, text)
+    found = [_mapped(item, source, f"{path.name}, row {i}") for i, item in enumerate(items)]
+    return found[:count] if split == "test" else _split_tail(found, split, seed=0)[:count]
+
+
+def _lines(path: Path, text: str) -> list[Any]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path.name}, line {number}: not JSON: {error.msg}") from None
+    return found
+
+
+def _hub(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
+    """A data set of the hub, at a revision, with its columns mapped to a row's keys."""
+    import datasets
+
+    name = source.get("splits", {}).get(split, split)
+    loaded = datasets.load_dataset(
+        source["dataset"], source.get("config"), split=name, revision=source.get("revision")
+    )
+    loaded = loaded.select(range(min(count or len(loaded), len(loaded))))
+    return [_mapped(item, source, f"{source['dataset']}, row {i}") for i, item in enumerate(loaded)]
+
+
+def _mapped(item: dict[str, Any], source: dict[str, Any], where: str) -> Row:
+    """A row from an item by the source's `columns`; refuses missing keys and wrong types."""
+    columns = source.get("columns", {})
+    row = {
+        key: item[columns.get(key, key)]
+        for key in ("question", "response", "choices", "answer", "text", "image", "identity")
+        if columns.get(key, key) in item
+    }
+    if "choices" in row and "answer" in row and "response" not in row:
+        row["response"] = row["choices"][row["answer"]]
+    if "text" not in row:
+        for key in ("question", "response"):
+            if not isinstance(row.get(key), str) or not row[key].strip():
+                raise DataError(f"{where}: {key} is {row.get(key)!r}; a text is expected")
+    return row

@@ -1,0 +1,92 @@
+"""What Snakemake asks of the library at the start and the end of a run; imports no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ballast.errors import SuiteError
+from ballast.files import read_json, write_json
+from ballast.forecast import forecast_seconds
+from ballast.layout import Layout
+from ballast.plan import plan_key
+from ballast.records import scan, status_of
+
+
+def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Path) -> Path:
+    """The plan of a suite as a file, made in a process of its own unless it is there.
+
+    folder: where the suite's file lies. Raises SuiteError with that process's message.
+    """
+    if not isinstance(config.get("suite"), str):
+        raise SuiteError("the suite: the key 'suite' is missing or is not a text")
+    layout = Layout(root, results)
+    key = plan_key(config, layout, folder)
+    path = layout.plan(config["suite"], key)
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as place:
+        request = Path(place) / "suite.json"
+        write_json(request, {"config": config, "folder": str(folder), "key": key})
+        command = [sys.executable, "-m", "ballast.planning", str(request)]
+        command += ["--root", str(root), "--results", str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise SuiteError(done.stderr.strip() or f"planning ended with {done.returncode}")
+    return path
+
+
+def statuses(plan: pd.DataFrame, layout: Layout, suite: str) -> pd.Series:
+    """Status by cell: ok, failed, stale, rescore or missing."""
+    records, _ = scan(layout.suite(suite) / "cells")
+    known = {record["id"]: record for record in records}
+    return pd.Series(
+        {row["id"]: status_of(row, known.get(row["id"])) for _, row in plan.iterrows()}
+    )
+
+
+def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> str:
+    """How many cells a suite has, how many are done, and how long the rest may take."""
+    found = statuses(plan, layout, suite)
+    counts = found.value_counts()
+    done = int(counts.get("ok", 0) + counts.get("failed", 0))
+    due = plan.loc[~found.isin(["ok", "failed"]).to_numpy()]
+    parts = [f"{suite}: {len(plan)} cells, {done} done"]
+    parts += [f"{counts[s]} {s}" for s in ("failed", "stale", "rescore") if s in counts]
+    if len(due):
+        records, _ = scan(layout.suite(suite) / "cells")
+        seconds, measured = forecast_seconds(due, records)
+        basis = "from finished cells" if measured else "a rough guess before the first cell"
+        parts.append(f"{len(due)} to do, about {_duration(seconds / max(1, cores))} ({basis})")
+    return "; ".join(parts)
+
+
+def closing_text(plan: pd.DataFrame, layout: Layout, suite: str) -> str:
+    """The leaderboard as far as records go."""
+    from ballast.tables import screen
+
+    records, problems = scan(layout.suite(suite) / "cells")
+    return "\n".join([screen(records, plan), *problems])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def forget_failed(plan: pd.DataFrame, layout: Layout, suite: str) -> list[str]:
+    """Remove the records of failed cells, so that the next run tries them again; returns their ids."""
+    removed = []
+    for cell in plan["id"]:
+        path = layout.cell(suite, cell) / "run.json"
+        if path.exists() and read_json(path)["status"] == "failed":
+            path.unlink()
+            removed.append(cell)
+    return removed

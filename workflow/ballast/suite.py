@@ -1,0 +1,211 @@
+"""A suite: one file of config/, validated and with every default filled in.
+
+The schema says what may stand where; the checks here say what the schema cannot: that a method, a
+task, a parent or a hyper-parameter exists and fits. Everything is refused before any work starts,
+with one message that names the key, the value, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from ballast.declare import MethodFile, discover
+from ballast.errors import MethodError, SuiteError, unknown
+from ballast.layout import Layout
+from ballast.tasks import Task, read_tasks
+
+TRAINING = {
+    "steps": 200,
+    "batch_size": 32,
+    "accumulation": 1,
+    "examples": None,
+    "schedule": "cosine",
+    "warmup": 0.06,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "max_length": 512,
+    "precision": "fp32",
+    "gradient_checkpointing": False,
+    "checkpoint_every": 100,
+    "device": "auto",
+    "threads": 1,
+}
+EVALUATION = {
+    "upstream": 300,
+    "downstream": 500,
+    "validation": 200,
+    "generation": 100,
+    "batch_size": 128,
+}
+LIMITS = {"minutes": 10.0, "memory_mb": 4000}
+TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {}}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A valid suite. `config` is the file's content with defaults; names in it are known to exist."""
+
+    name: str
+    config: dict[str, Any]
+    methods: dict[str, MethodFile]
+    tasks: dict[str, Task]
+    folder: Path
+
+    def targets(self, base: str) -> dict[str, dict[str, Any]]:
+        """The base's targets with their training settings, complete."""
+        spec = self.config["bases"][base]
+        targets = spec["targets"]
+        named = targets if isinstance(targets, dict) else dict.fromkeys(targets, {})
+        common = TRAINING | self.config["training"] | spec.get("training", {})
+        return {name: common | own for name, own in named.items()}
+
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """The methods that the suite runs, with their ranks, variants and settings as written."""
+        methods = self.config["methods"]
+        if methods == "all":
+            return {name: {} for name in self.methods}
+        return methods if isinstance(methods, dict) else {name: {} for name in methods}
+
+
+def _where(error: jsonschema.ValidationError) -> str:
+    return ".".join(str(part) for part in error.absolute_path) or "the suite"
+
+
+def _explain(error: jsonschema.ValidationError) -> str:
+    """One sentence for a schema error: key, value, what is allowed."""
+    where, value = _where(error), error.instance
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        extra = sorted(set(value) - set(known))[0]
+        return f"{where}: {unknown('key', str(extra), known)}"
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in value]
+        return f"{where}: the key {missing[0]!r} is missing"
+    if error.validator in ("enum", "const"):
+        allowed = error.validator_value
+        allowed = allowed if isinstance(allowed, list) else [allowed]
+        return f"{where}: {value!r}; allowed: {', '.join(map(str, allowed))}"
+    about = (
+        error.schema.get("description") or (error.parent and error.parent.schema.get("description"))
+    )
+    return f"{where}: {error.message}" + (f" ({about})" if about else "")
+
+
+def check_schema(config: Any, layout: Layout) -> None:
+    """Raise SuiteError for the most telling violation of the schema, if there is one."""
+    schema = yaml.safe_load(layout.schema("suite").read_text(encoding="utf-8"))
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    worst = jsonschema.exceptions.best_match(errors)
+    if worst is not None:
+        raise SuiteError(_explain(worst))
+
+
+def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = None) -> Suite:
+    """Validate a suite's content and fill in its defaults.
+
+    folder: where paths in the suite start (its learning rates); by default config/.
+    Raises SuiteError or MethodError with one clear message.
+    """
+    check_schema(config, layout)
+    config = copy.deepcopy(config)
+    config["training"] = config.get("training", {})
+    config["evaluation"] = EVALUATION | config.get("evaluation", {})
+    config["limits"] = LIMITS | config.get("limits", {})
+    config["tuning"] = TUNING | config.get("tuning", {})
+    config.setdefault("ranks", [8])
+    config.setdefault("modules", "all")
+    suite = Suite(
+        config["suite"],
+        config,
+        discover(layout.methods),
+        read_tasks(layout.tasks),
+        folder or layout.root / "config",
+    )
+    for base, spec in config["bases"].items():
+        _check_base(suite, base, spec)
+    for name, spec in suite.chosen().items():
+        _check_method(suite, name, spec)
+    rates = config.get("learning_rates")
+    if rates and not (suite.folder / rates).is_file():
+        # A suite may name the table that its first `tune` will write.
+        suite.config["learning_rates"] = None
+    return suite
+
+
+def read_suite(path: Path, layout: Layout) -> Suite:
+    """Read and validate a suite's file."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SuiteError(f"{path}: no such suite") from None
+    except yaml.YAMLError as error:
+        raise SuiteError(f"{path}: not YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise SuiteError(f"{path}: a mapping of keys is expected")
+    return load_suite(config, layout, path.parent)
+
+
+def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
+    where = f"bases.{base}"
+    source = spec["source"]
+    kinds = [kind for kind in ("world", "hub", "llama2c") if kind in source]
+    if len(kinds) != 1 and not ("path" in source and not kinds):
+        raise SuiteError(
+            f"{where}.source: exactly one of world, hub or llama2c is needed (or a path alone); "
+            f"got {', '.join(kinds) or 'none'}"
+        )
+    template = spec.get("template", "chat")
+    if template != "chat" and "{question}" not in template:
+        raise SuiteError(
+            f"{where}.template: {template!r}; allowed: chat, or a text that contains {{question}}"
+        )
+    targets, upstream = list(suite.targets(base)), spec["upstream"]
+    for key, names in (
+        ("upstream", upstream),
+        ("targets", targets),
+        ("probes", spec.get("probes", [])),
+    ):
+        for name in names:
+            if name not in suite.tasks:
+                raise SuiteError(f"{where}.{key}: {unknown('task', name, suite.tasks)}")
+    for name in targets:
+        if name in upstream:
+            raise SuiteError(
+                f"{where}: {name} is both a target and an upstream task; "
+                "what is trained cannot measure what is retained"
+            )
+        if suite.tasks[name].rolling:
+            raise SuiteError(f"{where}.targets: {name} is plain text without responses to train on")
+        if suite.tasks[name].unit != "points":
+            raise SuiteError(f"{where}.targets: {name} is not measured in points")
+
+
+def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:
+    where = f"methods.{name}"
+    if name not in suite.methods:
+        raise SuiteError(f"methods: {unknown('method', name, suite.methods)}")
+    method = suite.methods[name]
+    declaration = method.declaration
+    if "ranks" in spec and declaration.rank is None:
+        raise SuiteError(f"{where}.ranks: {spec['ranks']}; {name} has no rank")
+    if not declaration.trains:
+        for key in ("connector", "learning_rate"):
+            if key in spec:
+                raise SuiteError(f"{where}.{key}: {name} is post-hoc and does not train")
+    elif "parents" in spec:
+        raise SuiteError(f"{where}.parents: {name} is not a post-hoc method")
+    settings = [(where, spec)]
+    settings += [(f"{where}.variants.{k}", v) for k, v in spec.get("variants", {}).items()]
+    for key, item in settings:
+        try:
+            method.settings(spec.get("set", {}) | item.get("set", {}))
+        except MethodError as error:
+            raise SuiteError(f"{key}.set: {error}") from None
+        if item.get("connector") == "adapted" and declaration.family == "selective":
+            raise SuiteError(f"{key}.connector: adapted; allowed for {name}: frozen, tuned")

@@ -1,0 +1,254 @@
+"""The tidy table: one row per cell, from records and the plan; and the files that are made from it.
+
+Names of its columns are explained in results/README.md. A number stands only where it may be used:
+scores, losses and measures in rows whose status is ok, costs in rows that have a current record.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ballast import render, tradeoff
+from ballast.declare import FAMILIES
+from ballast.files import key_of, replacing, write_text
+from ballast.records import status_of
+from ballast.summary import tradeoff_tables
+
+__all__ = ["screen", "tidy", "tradeoff_tables", "write_tables"]
+
+Record = dict[str, Any]
+PHASES = ("start", "load", "attach", "train", "merge", "evaluate", "total")
+TEXT = (
+    "id", "suite", "base", "target", "method", "title", "family", "variant", "rank", "seed",
+    "parents", "status", "reason", "scored", "learning_rate", "learning_rate_source", "scale",
+    "connector", "hyper", "tasks",
+)  # fmt: skip
+COSTS = (
+    "trainable_parameters", "total_parameters", "adapter_bytes", "tokens",
+    *(f"seconds.{phase}" for phase in PHASES), "first_step_seconds", "step_ms",
+    "memory_mb.train", "memory_mb.evaluate", "steps", "first_loss", "last_loss",
+)  # fmt: skip
+COUNTS = (
+    "rank", "seed", "trainable_parameters", "total_parameters", "adapter_bytes", "tokens", "steps",
+)  # fmt: skip
+NUMBERS = ("learning_rate", "scale")
+
+
+def tidy(records: Iterable[Record], plan: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per cell, planned or recorded, sorted by base, target, family, method, rank and seed.
+
+    status is ok, failed, stale, rescore or missing as in `records.status_of`; or `unplanned`, for a
+    record that the plan does not have (the suite has changed). Without a plan nothing can be
+    missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in the
+    task's unit, n.TASK items, dce.TASK the change of its loss in nats per token (positive = worse),
+    extra.TASK.NAME and base_extra.TASK.NAME. `tasks` and `hyper` are JSON.
+    """
+    by_id = {record["id"]: record for record in records}
+    rows = []
+    if plan is not None:
+        for cell in plan.to_dict("records"):
+            record = by_id.pop(cell["id"], None)
+            rows.append(_planned(cell, record))
+    status = "ok" if plan is None else "unplanned"
+    for record in by_id.values():
+        rows.append(_recorded(record, record["status"] if plan is None else status))
+    return _frame(rows)
+
+
+def _planned(cell: dict[str, Any], record: Record | None) -> dict[str, Any]:
+    status = status_of(cell, record)
+    if record is not None:
+        return _recorded(record, status)
+    spec = json.loads(cell["spec"])
+    rank = cell["rank"]
+    return {
+        "suite": spec.get("suite"),
+        **{key: cell[key] for key in ("id", "base", "target", "method", "variant", "parents")},
+        "rank": None if pd.isna(rank) else int(rank),
+        "seed": int(cell["seed"]),
+        "title": spec.get("title") or cell["method"],
+        "family": spec.get("family"),
+        "status": status,
+        "reason": "not run yet",
+        **{k: spec.get(k) for k in ("learning_rate", "learning_rate_source", "connector")},
+        "hyper": _json(spec.get("hyper", {})),
+        "tasks": "{}",
+    }
+
+
+_REASONS = {
+    "stale": "made under other settings, data or code",
+    "rescore": "scored under another definition of its tasks",
+    "unplanned": "not in the suite's plan any more",
+}
+
+
+def _recorded(record: Record, status: str) -> dict[str, Any]:
+    identity, settings = record["identity"], record["settings"]
+    failure = record["failure"]
+    reason = _REASONS.get(status)
+    if status == "failed":
+        reason = f"{failure['kind']}: {failure['reason']}"
+    row = {
+        "id": record["id"],
+        **{
+            k: identity[k] for k in ("suite", "base", "target", "method", "variant", "rank", "seed")
+        },
+        "parents": " ".join(identity["parents"]),
+        "title": record["method"]["title"],
+        "family": record["method"]["family"],
+        "status": status,
+        "reason": reason,
+        "scored": record["scored"],
+        **{
+            k: settings.get(k)
+            for k in ("learning_rate", "learning_rate_source", "scale", "connector")
+        },
+        "hyper": _json(settings["hyper"]),
+        "tasks": _json({k: _task(record, k) for k in sorted(record["tasks"])}),
+    }
+    if status in ("ok", "failed", "rescore"):
+        row |= _costs(record)
+    if status == "ok":
+        row |= tradeoff.of_record(record) | _scores(record)
+    return row
+
+
+def _task(record: Record, name: str) -> dict[str, Any]:
+    base = record["base_scores"].get(name, {})
+    return record["tasks"][name] | {"n": base.get("n"), "base_loss": base.get("loss")}
+
+
+def _costs(record: Record) -> dict[str, Any]:
+    costs, curve = record["costs"], record["curve"] or {}
+    flat = {k: v for k, v in costs.items() if not isinstance(v, dict)}
+    for block in ("seconds", "memory_mb"):
+        flat |= {f"{block}.{k}": v for k, v in (costs.get(block) or {}).items()}
+    flat = {key: flat.get(key) for key in COSTS}
+    flat |= {key: curve.get(key) for key in ("steps", "first_loss", "last_loss")}
+    return flat | {f"report.{k}": v for k, v in record["report"].items()}
+
+
+def _scores(record: Record) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name in record["tasks"]:
+        after, before = record["scores"][name], record["base_scores"][name]
+        row[f"score.{name}"], row[f"base.{name}"] = after["value"], before["value"]
+        row[f"n.{name}"] = after["n"]
+        change = tradeoff.delta_ce(after["loss"], before["loss"])
+        if change is not None:
+            row[f"dce.{name}"] = change
+        for prefix, score in (("extra", after), ("base_extra", before)):
+            extras = {k: v for k, v in score.items() if k not in ("value", "n", "loss")}
+            row |= {f"{prefix}.{name}.{k}": v for k, v in extras.items() if v is not None}
+    return row
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+_GROUPS = ("score", "base", "dce", "n", "extra", "base_extra", "report")
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows sorted, with columns in a fixed order and with fixed types."""
+    fixed = [*TEXT, *tradeoff.MEASURES, *COSTS]
+    other = sorted({key for row in rows for key in row} - set(fixed), key=_column_order)
+    rows = sorted(rows, key=_row_order)
+    table = {}
+    for name in [*TEXT, *tradeoff.MEASURES, *(k for k in other if not k.startswith("report."))]:
+        table[name] = [row.get(name) for row in rows]
+    for name in [*COSTS, *(k for k in other if k.startswith("report."))]:
+        table[name] = [row.get(name) for row in rows]
+    frame = pd.DataFrame(table, dtype=object)
+    for name in frame.columns:
+        if name in COUNTS or name.startswith("n."):
+            frame[name] = frame[name].astype("Int64")
+        elif name in TEXT and name not in NUMBERS:
+            frame[name] = frame[name].astype("string")
+        else:
+            frame[name] = pd.to_numeric(frame[name]).astype("float64")
+    return frame
+
+
+def _column_order(name: str) -> tuple[int, str]:
+    return _GROUPS.index(name.split(".", 1)[0]), name
+
+
+def _row_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    family = FAMILIES.index(row["family"]) if row["family"] in FAMILIES else len(FAMILIES)
+    place = (row["base"], row["target"], family, row["method"], row["variant"], row["rank"] or 0)
+    return (*place, row["seed"], row["id"])
+
+
+def write_tables(records: Iterable[Record], plan: pd.DataFrame | None, folder: Path) -> list[Path]:
+    """Write every table into `folder`, each atomically; the same input gives the same bytes.
+
+    cells.parquet, cells.csv, tradeoff-BASE-TARGET.{md,csv,tex} and leaderboard.md. Trade-off tables
+    of an earlier run whose base or target is gone are removed. Returns the paths, sorted.
+    """
+    table = tidy(records, plan)
+    written = [folder / "cells.parquet", folder / "cells.csv", folder / "leaderboard.md"]
+    with replacing(written[0]) as temporary:
+        table.to_parquet(temporary, index=False, engine="pyarrow")
+    write_text(written[1], to_csv(table.drop(columns="tasks")))
+    tables = tradeoff_tables(table)
+    names = _file_names(tables)
+    for where, summary in tables.items():
+        texts = {
+            "md": render.markdown(summary),
+            "csv": to_csv(render.plain(summary)),
+            "tex": render.latex(summary),
+        }
+        for suffix, text in texts.items():
+            written.append(folder / f"{names[where]}.{suffix}")
+            write_text(written[-1], text)
+    write_text(written[2], render.leaderboard(table, tables, names))
+    for path in folder.glob("tradeoff-*"):
+        if path.suffix in (".md", ".csv", ".tex") and path not in written:
+            path.unlink()
+    return sorted(written)
+
+
+def _file_names(tables: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """A file name for each base and target, safe on every disk; a hash tells equal ones apart."""
+    plain = {where: render.slug(f"tradeoff-{where[0]}-{where[1]}") for where in tables}
+    taken = [name.lower() for name in plain.values()]
+    return {
+        where: name if taken.count(name.lower()) == 1 else f"{name}-{key_of(*where, length=6)}"
+        for where, name in plain.items()
+    }
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """CSV without index: blanks for what is not there, floats with ten digits, text that no
+    spreadsheet takes for a formula (an apostrophe is put before =, +, -, @, tab and return)."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([_csv_cell(name) for name in table.columns])
+    for row in table.astype(object).itertuples(index=False, name=None):
+        writer.writerow([_csv_cell(value) for value in row])
+    return stream.getvalue()
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None or pd.isna(value):
+        return ""
+    if isinstance(value, str):
+        value = "".join(c if c.isprintable() or c in "\t\r\n" else " " for c in value)
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def screen(records: Iterable[Record], plan: pd.DataFrame | None, folder: Path | None = None) -> str:
+    """The leaderboard for a terminal of 110 columns; `folder` is named as where the files are."""
+    table = tidy(records, plan)
+    return render.screen(table, tradeoff_tables(table), folder)

@@ -1,0 +1,90 @@
+"""Task definitions: lm-eval's YAML, with a `metadata` block that says what the score means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ballast.errors import SuiteError
+from ballast.files import sha256_file
+
+UNITS = ("points", "nats", "perplexity")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as its file declares it.
+
+    config: the whole YAML; metric: the module of ballast.metrics that scores it; unit: one of
+    `UNITS`, points being 0 to 100 and higher better; chance: the score of guessing, if there is one;
+    source: which reader of ballast.sources makes its rows, and from what.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    digest: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.config["metadata"]
+
+    @property
+    def metric(self) -> str:
+        return self.metadata["metric"]
+
+    @property
+    def unit(self) -> str:
+        return self.metadata["unit"]
+
+    @property
+    def chance(self) -> float | None:
+        return self.metadata.get("chance")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return self.metadata["source"]
+
+    @property
+    def output_type(self) -> str:
+        return self.config["output_type"]
+
+    @property
+    def rolling(self) -> bool:
+        return self.output_type == "loglikelihood_rolling"
+
+    @property
+    def generates(self) -> bool:
+        return self.output_type == "generate_until"
+
+    @property
+    def image(self) -> bool:
+        return "doc_to_image" in self.config
+
+
+def read_task(path: Path) -> Task:
+    """Read one task file. Raises SuiteError if it does not declare metric, unit and source."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    metadata = config.get("metadata") or {}
+    for key in ("metric", "unit", "direction", "source", "title"):
+        if key not in metadata:
+            raise SuiteError(f"{path.name}: metadata.{key} is missing")
+    if metadata["unit"] not in UNITS:
+        raise SuiteError(f"{path.name}: metadata.unit {metadata['unit']!r}; allowed: {UNITS}")
+    if metadata["unit"] == "points" and metadata["direction"] != "higher":
+        raise SuiteError(f"{path.name}: points are 0 to 100 and higher is better")
+    return Task(config["task"], path, config, sha256_file(path)[:16])
+
+
+def read_tasks(folder: Path) -> dict[str, Task]:
+    """Every task under `folder` by name. Raises SuiteError if two files share a name."""
+    found: dict[str, Task] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        task = read_task(path)
+        if task.name in found:
+            raise SuiteError(f"{path}: task {task.name} is also in {found[task.name].path}")
+        found[task.name] = task
+    return found

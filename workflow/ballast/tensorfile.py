@@ -1,0 +1,53 @@
+"""Tensors on disk: safetensors files that carry a checksum of their own content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ballast.errors import DataError
+from ballast.files import replacing
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """Write tensors and JSON metadata atomically; returns the content's digest."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    digest = tensors_digest(tensors)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"about": json.dumps(about), "sha256": digest})
+    return digest
+
+
+def read_tensors(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and metadata of a file.
+
+    Raises DataError if the file is truncated, its content does not fit its checksum, or the checksum
+    is not the `expected` one of a record.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    digest = tensors_digest(tensors)
+    if digest != metadata.get("sha256") or (expected is not None and digest != expected):
+        raise DataError(f"{path}: the content does not fit its checksum; it is damaged")
+    return tensors, json.loads(metadata["about"])

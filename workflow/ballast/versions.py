@@ -1,0 +1,8 @@
+"""Versions of what makes numbers: raised when numbers change, never otherwise.
+
+A golden-number test fails when training or evaluation gives other numbers under the same version.
+"""
+
+TRAIN = 1  # training loop, adapters' common layers, data order, tokenisation of examples
+EVALUATION = 1  # how tasks are scored
+RECORD = 1  # the format of run.json

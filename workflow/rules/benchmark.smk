@@ -1,0 +1,13 @@
+# Where the time goes, and the price of a step against the frozen base and against PEFT.
+rule benchmark:
+    output:
+        steps=f"{HOME}/benchmark/steps.csv",
+        phases=f"{HOME}/benchmark/phases.csv",
+        page=f"{HOME}/benchmark/benchmark.md",
+    params:
+        root=str(ROOT),
+    log:
+        f"{HOME}/logs/benchmark.log",
+    threads: workflow.cores
+    script:
+        "../scripts/benchmark.py"

@@ -1,0 +1,34 @@
+# Learning rates, found on validation items and committed with their curves.
+rule tune_cell:
+    input:
+        base=ancient(base_of(TUNE)),
+    output:
+        f"{HOME}/tune/cells/{{cell}}/run.json",
+    params:
+        train=in_plan(TUNE, "train_key"),
+        scores=in_plan(TUNE, "eval_key"),
+    log:
+        f"{HOME}/tune/logs/{{cell}}.log",
+    threads: 1
+    resources:
+        mem_mb=cell_memory,
+        runtime=cell_minutes,
+        attempt=attempt_number,
+        retries=retries_allowed,
+        plan=str(PLAN_FILE.with_suffix(".tune.parquet")),
+        root=str(ROOT),
+    script:
+        "../scripts/cell.py"
+
+
+rule tune:
+    input:
+        records_of(TUNE, f"{HOME}/tune/cells"),
+    output:
+        table=f"{HOME}/tune/learning_rates.csv",
+        curves=f"{HOME}/tune/curves.svg",
+        picture=f"{HOME}/tune/curves.png",
+    log:
+        f"{HOME}/tune/logs/tune.log",
+    script:
+        "../scripts/tune.py"

@@ -1,0 +1,22 @@
+"""Measure the price of each method's step, and sum up where the run's time went."""
+
+from pathlib import Path
+
+import torch
+
+from ballast.benchmark import write_benchmark
+from ballast.declare import discover
+from ballast.layout import Layout
+from ballast.records import scan
+
+layout = Layout(Path(snakemake.params.root), Path("results"))
+torch.set_num_threads(snakemake.threads)
+records, _ = scan(layout.suite(snakemake.config["suite"]) / "cells")
+with open(snakemake.log[0], "w", buffering=1) as log:
+    write_benchmark(
+        discover(layout.methods),
+        records,
+        Path(snakemake.output.steps).parent,
+        report=lambda line: print(line, file=log),
+    )
+print((Path(snakemake.output.steps).parent / "benchmark.md").read_text())
