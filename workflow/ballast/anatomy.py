@@ -32,7 +32,7 @@ class Anatomy:
         return [f"{self.layers}.{i}" for i in range(len(model.get_submodule(self.layers)))]
 
     def linears(self, model: nn.Module, scope: str, leaves: Sequence[str] | None) -> list[str]:
-        """Names of the nn.Linear modules under `scope`, all of them or those with these leaf names."""
+        """Names of the nn.Linear modules under `scope`: all, or those with these leaf names."""
         root = model.get_submodule(scope)
         return [
             f"{scope}.{name}"

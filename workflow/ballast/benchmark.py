@@ -1,16 +1,19 @@
-"""What a method costs: its training step over the frozen base's, and over PEFT's; and where time goes.
+"""What a method costs: its step over the frozen base's and over PEFT's; and where time goes.
 
-A step here is forward, backward and the method's own moments up to the gradients; the optimiser step
-is not included, because every method of a suite shares the same optimiser. Base, ours and PEFT's run
-in one process in turn, so that a busy machine slows all three alike; the ratio of each round is kept.
+A step here is forward, backward and the method's own moments up to the gradients; the optimiser
+step is not included, because every method of a suite shares the same optimiser. Base, ours and
+PEFT's run in one process in turn, so that a busy machine slows all three alike; the ratio of each
+round is kept.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -85,7 +88,7 @@ def _our_step(model: torch.nn.Module, method: MethodFile) -> Callable[[], None]:
     ctx = Context(
         model=model,
         anatomy=anatomy_of(model),
-        hyper=module.Hyper() if hasattr(module, "Hyper") else None,
+        hyper=_hyper(module),
         rank=RANK if method.declaration.rank else None,
         targets=targets_of(model, "all", "frozen"),
         generator=torch.Generator().manual_seed(0),
@@ -107,6 +110,15 @@ def _our_step(model: torch.nn.Module, method: MethodFile) -> Callable[[], None]:
         tuner.after_backward()
 
     return step
+
+
+def _hyper(module: ModuleType) -> Any:
+    """The method's defaults, dropout 0; calibration, which is no part of a step, is kept short."""
+    if not hasattr(module, "Hyper"):
+        return None
+    wanted = {"dropout": 0.0, "examples": 2}
+    known = {field.name for field in dataclasses.fields(module.Hyper)}
+    return module.Hyper(**{key: value for key, value in wanted.items() if key in known})
 
 
 def _peft_step(model: torch.nn.Module, options: dict[str, Any]) -> Callable[[], None]:

@@ -18,18 +18,25 @@ from ballast.costs import Phases, since_start
 from ballast.errors import BallastError, DataError, Diverged
 from ballast.files import read_json, sha256_file, write_json, write_text
 from ballast.layout import Layout
-from ballast.outcome import blank_record, cell_folder, ready_base
+from ballast.outcome import (
+    BROKEN,
+    OUT_OF_MEMORY,
+    RECORD,
+    RECORDED,
+    blank_record,
+    cell_folder,
+    failed_record,
+    ready_base,
+)
 from ballast.plan import read_plan
+from ballast.records import validate_record
 
-ADAPTER, CHECKPOINT, CURVE, RECORD = (
+ADAPTER, CHECKPOINT, CURVE = (
     "adapter.safetensors",
-    "checkpoint.safetensors",
+    "checkpoint.{key}.safetensors",
     "curve.csv",
-    "run.json",
 )
 PHASES = ("start", "load", "attach", "train", "merge", "evaluate")
-# Exit codes by which the child tells its supervisor what happened.
-RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
 
 
 def run_cell(row: dict[str, Any], layout: Layout, report: Any) -> dict[str, Any]:
@@ -105,7 +112,8 @@ class _Work:
                 examples,
                 self.spec["training"],
                 self.spec["seed"],
-                self.folder / CHECKPOINT,
+                # Named by the key: a method edited since does not continue its older self.
+                self.folder / CHECKPOINT.format(key=self.row["train_key"]),
                 self.report.step,
             )
             trainer.prepare()
@@ -189,7 +197,8 @@ class _Work:
                 record["scores"][name] = scores.summary
                 record["files"][f"samples/{name}.parquet"] = sha256_file(path)
                 self.report.note(f"{name}: {scores.summary['value']:.1f}")
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        for path in self.folder.glob(CHECKPOINT.format(key="*")):
+            path.unlink()
         return self._complete(record, stored, scored)
 
     def _complete(
@@ -214,7 +223,9 @@ class _Work:
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "first_step_seconds": stored.get("first_step_seconds"),
             "step_ms": stored.get("step_ms"),
-            "memory_mb": {k: round(memory[k], 1) for k in ("train", "evaluate") if k in memory},
+            "memory_mb": {
+                k: round(memory[k], 1) if k in memory else None for k in ("train", "evaluate")
+            },
             "tokens": stored.get("tokens"),
         }
         record["provenance"] |= provenance(self.layout.root, str(self.base.model.device))
@@ -340,21 +351,8 @@ def _scale(ctx: Any) -> float | None:
     return scales.pop() if len(scales) == 1 else None
 
 
-def failed_record(
-    row: dict[str, Any], layout: Layout, kind: str, reason: str, attempts: int
-) -> dict[str, Any]:
-    """The record of a cell that did not finish: its kind of failure and one line of reason."""
-    from ballast.tasks import read_tasks
-
-    record = blank_record(row, ready_base(row, layout), read_tasks(layout.tasks))
-    line = " ".join(reason.split())[:500]
-    record |= {"status": "failed"}
-    record["failure"] = {"kind": kind, "reason": line, "attempts": attempts}
-    return record
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run one cell and write its record; the exit code says what happened (see the constants)."""
+    """Run one cell and write its record; the exit code says what happened (see `outcome`)."""
     from ballast.progress import Progress
 
     parser = argparse.ArgumentParser(prog="python -m ballast.cell", description=__doc__)
@@ -382,6 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
             return OUT_OF_MEMORY
         traceback.print_exc()
         record = failed_record(row, layout, "raised", f"{type(error).__name__}: {error}", 1)
+    validate_record(record)  # what no table can read must not count as done
     write_json(cell_folder(row, layout) / RECORD, record)
     return RECORDED
 

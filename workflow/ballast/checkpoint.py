@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,17 @@ ADAPTER, MOMENTS, RANDOM = "adapter/", "optimiser/", "random/"
 
 @dataclass
 class Checkpoint:
-    """A stored moment of training: method tensors, optimiser state, random states, losses so far."""
+    """A stored moment of training.
+
+    Method tensors, optimiser and random states, steps done, and what was measured in them: the
+    fields of `ballast.training.Outcome`.
+    """
 
     tensors: dict[str, Tensor]
     moments: dict[str, Tensor]
     random: dict[str, Tensor]
     step: int
-    losses: list[float]
+    measured: dict[str, Any]
 
     def restore_optimiser(self, optimiser: torch.optim.Optimizer) -> None:
         """Fill the state of an optimiser that was built from the same groups."""
@@ -64,7 +69,7 @@ def write_checkpoint(
     tensors: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
     step: int,
-    losses: list[float],
+    measured: dict[str, Any],
     generator: torch.Generator,
 ) -> None:
     """Write the state after `step` steps in place of the one before."""
@@ -76,7 +81,7 @@ def write_checkpoint(
     stored[RANDOM + "method"] = generator.get_state()
     if torch.cuda.is_available():
         stored[RANDOM + "cuda"] = torch.cuda.get_rng_state()
-    write_tensors(path, stored, {"step": step, "losses": losses})
+    write_tensors(path, stored, {"step": step, "measured": measured})
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -100,5 +105,5 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         part(MOMENTS),
         part(RANDOM),
         about["step"],
-        about["losses"],
+        about["measured"],
     )

@@ -13,22 +13,20 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from ballast.errors import BallastError, SuiteError
 from ballast.layout import Layout
 from ballast.status import forget_failed, make_plan_file, opening_text, statuses
+from ballast.suite import read_config
 
 DEFAULT = Path("config/config.yaml")
 
 
 def _plan(path: Path, layout: Layout) -> tuple[str, Path]:
     """Name of a suite and the file of its plan."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SuiteError(f"{path}: no such suite; see config/") from None
-    return config.get("suite", ""), make_plan_file(config, layout.root, layout.results, path.parent)
+    config = read_config(path)
+    plan = make_plan_file(config, layout.root, layout.results, path.parent)
+    return config["suite"], plan
 
 
 def _retry(options: argparse.Namespace, layout: Layout) -> int:
@@ -37,7 +35,14 @@ def _retry(options: argparse.Namespace, layout: Layout) -> int:
     print(f"{len(removed)} failed cells to try again", *removed, sep="\n  ")
     if not removed:
         return 0
-    command = ["snakemake", "--configfile", str(options.suite), *options.snakemake]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--configfile",
+        str(options.suite),
+        *options.snakemake,
+    ]
     return subprocess.run(command).returncode
 
 

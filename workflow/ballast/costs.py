@@ -1,4 +1,4 @@
-"""Measured costs: seconds and memory high-water marks by phase, and the time since the process began."""
+"""Measured costs: seconds and memory high-water marks by phase, and the process's own age."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def prepare_task(
 ) -> dict[str, Any]:
     """Make a task's folder for a base, unless it is there; returns its manifest.
 
-    load: gives the base, called only if there is work; spec: the base's part of the suite; entry: the plan's entry (sizes, max_length).
+    load: gives the base, called only if there is work; spec: the base's part of the suite; entry:
+    the plan's entry (sizes, max_length).
     Raises DataError for overlapping splits of generated data, and for rows of the wrong kind.
     """
     if (folder / MANIFEST).exists():
@@ -52,6 +53,8 @@ def prepare_task(
         raise DataError(f"{task.name} shows images, but the base is a text model")
     shutil.rmtree(folder, ignore_errors=True)
     made = {split: sources.rows(task.source, split, n) for split, n in entry["sizes"].items()}
+    for split, rows in made.items():
+        _check_keys(rows, task, split)
     dropped = _separate(made, task)
     manifest: dict[str, Any] = {"task": task.name, "source": task.source, "splits": {}}
     identities = {}
@@ -76,6 +79,17 @@ def prepare_task(
     write_json(folder / "identities.json", identities)
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
+    """Refuse rows that lack what a task of this kind scores."""
+    needed = ("text",) if task.rolling else ("question", "response")
+    if task.output_type == "multiple_choice":
+        needed += ("choices", "answer")
+    for number, row in enumerate(rows, 1):
+        for key in needed:
+            if key not in row:
+                raise DataError(f"{task.name} {split}, row {number}: no {key} in {sorted(row)}")
 
 
 def _digest(lines: list[str]) -> str:

@@ -215,6 +215,6 @@ def read_method(path: Path) -> MethodFile:
 
 
 def discover(folder: Path) -> dict[str, MethodFile]:
-    """Every method in a folder by name; files whose name starts with an underscore are not methods."""
+    """Every method in a folder by name; files whose name starts with an underscore are none."""
     paths = sorted(p for p in folder.glob("*.py") if not p.name.startswith("_"))
     return {path.stem: read_method(path) for path in paths}

@@ -16,8 +16,8 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces `path` when the block ends well.
 
-    A reader sees the old file or the new one, never a part: the bytes are flushed to the disk before
-    the rename.
+    A reader sees the old file or the new one, never a part: the bytes are flushed to the disk
+    before the rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

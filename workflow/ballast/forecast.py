@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-# Before anything has run: interpreter and imports, then steps and items of a small base on one core.
+# Before anything has run: interpreter and imports, then steps and items of a small base, one core.
 START_SECONDS, STEP_SECONDS, ITEM_SECONDS = 7.0, 0.03, 0.003
 
 

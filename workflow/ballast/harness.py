@@ -13,9 +13,22 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from ballast.models import Base
+from ballast.template import parted
 
 
-class TextLM(HFLM):
+class _Whole:
+    """Parts the tokens of a whole text as training does (`Template.encode`).
+
+    lm-eval encodes the context again by itself: where a token lies across the seam, its context and
+    continuation do not add up to the text.
+    """
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        head, _ = super()._encode_pair(context, continuation)
+        return parted(self.tok_encode(context + continuation), len(head))
+
+
+class TextLM(_Whole, HFLM):
     """HFLM that also counts, in rolling requests, the tokens that the model ranked first.
 
     `rolling[text]` is (tokens, of them ranked first) after `loglikelihood_rolling`.
@@ -24,7 +37,7 @@ class TextLM(HFLM):
     rolling: dict[str, tuple[int, int]]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Sum of log-probabilities of each text, windows of the model's length, BOS before the first."""
+        """Log-probability of each text, windows of the model's length, BOS before the first."""
         self.rolling = {}
         windows: list[tuple[int, list[int], list[int]]] = []
         for place, request in enumerate(requests):
@@ -55,7 +68,7 @@ class TextLM(HFLM):
         return [total for total, _, _ in sums]
 
 
-class ImageLM(HFMultimodalLM):
+class ImageLM(_Whole, HFMultimodalLM):
     """lm-eval's multimodal model with log-likelihoods, in batches, over stored tower features.
 
     The `visual` of a request is the row of `features` [images, tokens, width] that its image has;

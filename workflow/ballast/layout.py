@@ -18,7 +18,7 @@ class Layout:
 
     @classmethod
     def here(cls) -> Layout:
-        """The checkout that this library was installed from; results under the working directory."""
+        """The checkout that this library comes from; results under the working directory."""
         return cls(Path(__file__).resolve().parents[2], Path("results"))
 
     @property
@@ -71,8 +71,8 @@ def real_data(relative: str) -> Path:
         folder = os.environ.get("BALLAST_DATA")
         if not folder:
             raise DataError(
-                f"{relative}: real data is needed; set the environment variable BALLAST_DATA to the "
-                "folder that holds it (README, 'Real data')"
+                f"{relative}: real data is needed; set the environment variable BALLAST_DATA to "
+                "the folder that holds it (README, 'Real data')"
             )
         path = Path(folder) / relative
     if not path.exists():

@@ -1,4 +1,7 @@
-"""The part of a record that is known before a cell runs: identity, settings, keys, tasks."""
+"""How a cell ends: its record before any result, the record of a failure, and the exit codes.
+
+Imports no torch: the supervisor writes the record of a child that could not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from ballast import versions
 from ballast.errors import DataError
 from ballast.files import read_json
 from ballast.layout import Layout
-from ballast.tasks import Task
+from ballast.tasks import Task, read_tasks
+
+RECORD = "run.json"
+# Exit codes by which a cell's process tells its supervisor what happened.
+RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
 
 
 def blank_record(
@@ -73,6 +80,17 @@ def blank_record(
             "versions": {"train": versions.TRAIN, "evaluation": versions.EVALUATION},
         },
     }
+
+
+def failed_record(
+    row: dict[str, Any], layout: Layout, kind: str, reason: str, attempts: int
+) -> dict[str, Any]:
+    """The record of a cell that did not finish: its kind of failure and one line of reason."""
+    record = blank_record(row, ready_base(row, layout), read_tasks(layout.tasks))
+    line = " ".join(reason.split())[:500]
+    record |= {"status": "failed"}
+    record["failure"] = {"kind": kind, "reason": line, "attempts": attempts}
+    return record
 
 
 def cell_folder(row: dict[str, Any], layout: Layout) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,29 @@ import pandas as pd
 
 from ballast import sources, versions
 from ballast.declare import MethodFile
-from ballast.errors import SuiteError
+from ballast.errors import DataError, SuiteError, unknown
 from ballast.files import key_of, key_of_files, replacing
 from ballast.layout import Layout, real_data
 from ballast.rates import chosen_rates
 from ballast.suite import Suite
+from ballast.tasks import read_tasks
 
 COLUMNS = (
     "id", "base", "target", "method", "variant", "rank", "seed", "posthoc", "parents",
     "base_key", "data_key", "train_key", "eval_key", "spec",
 )  # fmt: skip
 
+# What a plan is made by, and where the sources of tasks and bases name files.
+PLANNERS = ("declare", "plan", "rates", "sources", "suite", "tasks", "tune", "versions")
+FILES = ("path", "train", "test", "images", "model", "tokenizer")
+
 
 def base_key(spec: dict[str, Any]) -> str:
-    """Key of a base: the code and seed that pretrain it, or the hub's id and revision and the files."""
+    """Key of a base: the code and seed that pretrain it, or the hub's id, revision and files."""
     source = spec["source"]
     parts: list[Any] = [source]
     if "world" in source:
-        package = Path(__file__).parent
-        parts += [key_of_files(package / "worlds", package / "bases"), spec.get("gate")]
+        parts += [sources.world_key(source["world"], base=True), spec.get("gate")]
     if "path" in source:
         parts.append(_folder_key(real_data(source["path"])))
     for path in source.get("llama2c", {}).values():
@@ -107,7 +110,10 @@ def make_plan(suite: Suite) -> pd.DataFrame:
     rates = chosen_rates(suite)
     rows: list[dict[str, Any]] = []
     for name, spec in suite.config["bases"].items():
-        base = _Base(name, spec, base_key(spec), _task_entries(suite, name, spec))
+        try:
+            base = _Base(name, spec, base_key(spec), _task_entries(suite, name, spec))
+        except DataError as error:
+            raise SuiteError(f"bases.{name}: {error}") from None
         for target in suite.targets(name):
             block = _trained(suite, base, target, rates)
             rows += block + _posthoc(suite, base, target, block)
@@ -265,10 +271,10 @@ def _posthoc(
                 for seed in suite.config["seeds"]:
                     source = known.get((parent, seed))
                     if source is None:
-                        labels = sorted({label for label, _ in known})
+                        labels = {label for label, _ in known}
                         raise SuiteError(
-                            f"methods.{name}.parents: {parent!r} is not a trained cell of this "
-                            f"suite; allowed: {', '.join(labels)}"
+                            f"methods.{name}.parents: "
+                            f"{unknown('trained cell of this suite', parent, labels)}"
                         )
                     title = "-".join(part for part in ("of", parent, variant) if part)
                     spec = _spec(suite, base, target, method, title, None, seed, item)
@@ -277,24 +283,36 @@ def _posthoc(
 
 
 def plan_key(config: dict[str, Any], layout: Layout, folder: Path) -> str:
-    """Key of everything that a plan depends on: the suite, methods, tasks, rates, engine and data."""
+    """Key of all that a plan depends on: the suite, methods, tasks, rates, engine and data.
+
+    Data count by their files' sizes and times here, so that a run starts quickly; the plan itself
+    reads what is in them.
+    """
     rates = config.get("learning_rates")
     package = Path(__file__).parent
     paths = [layout.methods, layout.tasks, package / "worlds", package / "bases"]
-    paths += [package / name for name in ("plan.py", "suite.py", "tune.py", "versions.py")]
+    paths += [package / f"{name}.py" for name in PLANNERS]
     paths += [folder / rates] if isinstance(rates, str) and (folder / rates).is_file() else []
     files = [p for path in paths for p in ([path] if path.is_file() else path.rglob("*"))]
     files = sorted(p for p in files if p.is_file() and p.suffix in (".py", ".yaml", ".csv"))
-    return key_of(config, _data_stamp(), key_of_files(*files))
+    return key_of(config, _data_stamp(config, layout), key_of_files(*files))
 
 
-def _data_stamp() -> list[Any]:
-    """Sizes and times of the real data's files: a changed one makes the plan anew."""
-    root = Path(os.environ.get("BALLAST_DATA") or os.devnull)
-    if not root.is_dir():
-        return []
-    stats = [(p.relative_to(root), p.stat()) for p in sorted(root.rglob("*")) if p.is_file()]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+def _data_stamp(config: dict[str, Any], layout: Layout) -> list[Any]:
+    """Sizes and times of the files that tasks and bases name: a changed one makes the plan anew."""
+    named = [task.source for task in read_tasks(layout.tasks).values()]
+    for base in config["bases"].values():
+        named += [base["source"], base["source"].get("llama2c", {})]
+    stamp = []
+    for text in sorted({source[key] for source in named for key in FILES if key in source}):
+        try:
+            path = real_data(text)
+        except DataError:
+            continue
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        stats = [file.stat() for file in files]
+        stamp.append([str(path), [[s.st_size, s.st_mtime_ns] for s in stats]])
+    return stamp
 
 
 def write_plan(plan: pd.DataFrame, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Learning rates found on validation: the table that `tune` writes and a suite reads.
 
 Columns: base, target, method, variant, rank, learning_rate, seed, score (validation, points), loss
-(validation, nats per token), status. The rate of a row's method is the one with the best mean score;
-ties go to the lower loss, then to the smaller rate.
+(validation, nats per token), status. The rate of a row's method is the one with the best mean
+score; ties go to the lower loss, then to the smaller rate.
 """
 
 from __future__ import annotations

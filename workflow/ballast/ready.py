@@ -118,7 +118,7 @@ def _scores(
             scores = score_task(lm, tasks[task], folders[task], delimiter)
             write_items(scores, places[task] / "items.parquet")
             write_json(places[task] / SCORES, scores.summary)
-            report(f"{name} untouched, {task}: {scores.summary['value']:.1f}")
+            report(f"untouched, {task}: {scores.summary['value']:.1f}")
     return {task: read_json(place / SCORES) for task, place in places.items()}
 
 

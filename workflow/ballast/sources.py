@@ -38,12 +38,20 @@ def rows(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     return found
 
 
+def world_key(world: str, base: bool = False) -> str:
+    """Key of the code that makes a world's rows, and with `base` of what pretrains on them."""
+    package = Path(__file__).parent
+    names = {
+        "micro-lm": ("worlds/text.py", "bases/micro_lm.py"),
+        "micro-vlm": ("worlds/vision.py", "worlds/sprites.py", "bases/micro_vlm.py"),
+    }[world]
+    return key_of_files(*[package / n for n in names if base or not n.startswith("bases/")])
+
+
 def digest(source: dict[str, Any]) -> str:
-    """Key of everything that the rows of a source depend on: files read, or the code that makes them."""
+    """Key of all that the rows of a source depend on: files read, or the code that makes them."""
     if source["reader"] == "world":
-        return key_of(
-            source, key_of_files(*sorted((Path(__file__).parent / "worlds").glob("*.py")))
-        )
+        return key_of(source, world_key(source["world"]))
     if source["reader"] == "hub":
         return key_of(source)
     return key_of(source, key_of_files(*[real_data(path) for path in _paths(source)]))
@@ -176,21 +184,29 @@ def _jsonl(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     if key not in source:
         raise DataError(f"{source}: no path for the split {split}")
     path = real_data(source[key])
-    text = path.read_text(encoding="utf-8")
-    items = json.loads(text) if text.lstrip().startswith("[") else _lines(path, text)
-    found = [_mapped(item, source, f"{path.name}, row {i}") for i, item in enumerate(items)]
+    found = [_mapped(item, source, where) for where, item in _objects(path)]
     return found[:count] if split == "test" else _split_tail(found, split, seed=0)[:count]
 
 
-def _lines(path: Path, text: str) -> list[Any]:
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path.name}, line {number}: not JSON: {error.msg}") from None
-    return found
+def _objects(path: Path) -> list[tuple[str, Any]]:
+    """The values of a JSON array, or one a line, each with the words for where it stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: not UTF-8 at byte {error.start}") from None
+    if text.lstrip().startswith("["):
+        items = _parsed(text, path.name)
+        return [(f"{path.name}, row {number}", item) for number, item in enumerate(items, 1)]
+    # Not splitlines(): JSON texts may hold other line separators as they are.
+    lines = [(f"{path.name}, line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
+    return [(where, _parsed(line, where)) for where, line in lines if line.strip()]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
 
 
 def _hub(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
@@ -207,16 +223,31 @@ def _hub(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
 
 def _mapped(item: dict[str, Any], source: dict[str, Any], where: str) -> Row:
     """A row from an item by the source's `columns`; refuses missing keys and wrong types."""
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: {item!r}; an object with the row's keys is expected")
     columns = source.get("columns", {})
     row = {
         key: item[columns.get(key, key)]
         for key in ("question", "response", "choices", "answer", "text", "image", "identity")
         if columns.get(key, key) in item
     }
-    if "choices" in row and "answer" in row and "response" not in row:
-        row["response"] = row["choices"][row["answer"]]
-    if "text" not in row:
-        for key in ("question", "response"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise DataError(f"{where}: {key} is {row.get(key)!r}; a text is expected")
+    if "choices" in row:
+        right = _right_choice(row, where)
+        if row.setdefault("response", right) != right:
+            raise DataError(f"{where}: response is {row['response']!r}, the answer {right!r}")
+    for key in ("text",) if "text" in row else ("question", "response"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(f"{where}: {key} is {row.get(key)!r}; a text is expected")
     return row
+
+
+def _right_choice(row: Row, where: str) -> str:
+    choices, answer = row["choices"], row.get("answer")
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not texts or len(choices) < 2:
+        raise DataError(f"{where}: choices is {choices!r}; a list of two texts or more is expected")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{where}: answer is {answer!r}; an index from 0 to {len(choices) - 1} is expected"
+        )
+    return choices[answer]

@@ -12,21 +12,21 @@ from typing import Any
 import pandas as pd
 
 from ballast.errors import SuiteError
-from ballast.files import read_json, write_json
+from ballast.files import write_json
 from ballast.forecast import forecast_seconds
 from ballast.layout import Layout
 from ballast.plan import plan_key
-from ballast.records import scan, status_of
+from ballast.records import NAME, scan, status_of
+from ballast.suite import check_schema
 
 
 def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Path) -> Path:
     """The plan of a suite as a file, made in a process of its own unless it is there.
 
-    folder: where the suite's file lies. Raises SuiteError with that process's message.
+    folder: where the suite's file lies. Raises SuiteError if the suite is not valid.
     """
-    if not isinstance(config.get("suite"), str):
-        raise SuiteError("the suite: the key 'suite' is missing or is not a text")
     layout = Layout(root, results)
+    check_schema(config, layout)
     key = plan_key(config, layout, folder)
     path = layout.plan(config["suite"], key)
     if path.exists():
@@ -68,11 +68,13 @@ def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> 
 
 
 def closing_text(plan: pd.DataFrame, layout: Layout, suite: str) -> str:
-    """The leaderboard as far as records go."""
+    """The leaderboard as far as records go; nothing before there are any."""
+    records, problems = scan(layout.suite(suite) / "cells")
+    if not records and not problems:
+        return ""
     from ballast.tables import screen
 
-    records, problems = scan(layout.suite(suite) / "cells")
-    return "\n".join([screen(records, plan), *problems])
+    return "\n".join([screen(records, plan, layout.suite(suite)), *problems])
 
 
 def _duration(seconds: float) -> str:
@@ -82,11 +84,10 @@ def _duration(seconds: float) -> str:
 
 
 def forget_failed(plan: pd.DataFrame, layout: Layout, suite: str) -> list[str]:
-    """Remove the records of failed cells, so that the next run tries them again; returns their ids."""
-    removed = []
-    for cell in plan["id"]:
-        path = layout.cell(suite, cell) / "run.json"
-        if path.exists() and read_json(path)["status"] == "failed":
-            path.unlink()
-            removed.append(cell)
+    """Remove the records of failed cells, so that the next run tries again; returns their ids."""
+    records, _ = scan(layout.suite(suite) / "cells")
+    failed = {record["id"] for record in records if record["status"] == "failed"}
+    removed = [cell for cell in plan["id"] if cell in failed]
+    for cell in removed:
+        (layout.cell(suite, cell) / NAME).unlink()
     return removed

@@ -49,7 +49,7 @@ TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {
 
 @dataclass(frozen=True)
 class Suite:
-    """A valid suite. `config` is the file's content with defaults; names in it are known to exist."""
+    """A valid suite. `config` is the file's content with defaults; the names in it exist."""
 
     name: str
     config: dict[str, Any]
@@ -61,7 +61,7 @@ class Suite:
         """The base's targets with their training settings, complete."""
         spec = self.config["bases"][base]
         targets = spec["targets"]
-        named = targets if isinstance(targets, dict) else dict.fromkeys(targets, {})
+        named = targets if isinstance(targets, dict) else {name: {} for name in targets}
         common = TRAINING | self.config["training"] | spec.get("training", {})
         return {name: common | own for name, own in named.items()}
 
@@ -91,16 +91,39 @@ def _explain(error: jsonschema.ValidationError) -> str:
         allowed = error.validator_value
         allowed = allowed if isinstance(allowed, list) else [allowed]
         return f"{where}: {value!r}; allowed: {', '.join(map(str, allowed))}"
-    about = (
-        error.schema.get("description") or (error.parent and error.parent.schema.get("description"))
-    )
+    about = error.schema.get("description")
+    if about is None and error.parent and error.parent.absolute_path == error.absolute_path:
+        about = error.parent.schema.get("description")
+    if error.validator in ("oneOf", "anyOf") and about:
+        return f"{where}: {value!r}; allowed: {about}"
+    if error.validator == "type" and isinstance(value, str) and _is_number(value):
+        about = "YAML reads 1e-3 as text; write 1.0e-3" if "e" in value.lower() else "no quotes"
     return f"{where}: {error.message}" + (f" ({about})" if about else "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_integer(_: Any, value: Any) -> bool:
+    """JSON schema takes 8.0 for an integer; in names and counts it is not one."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer),
+)
 
 
 def check_schema(config: Any, layout: Layout) -> None:
     """Raise SuiteError for the most telling violation of the schema, if there is one."""
     schema = yaml.safe_load(layout.schema("suite").read_text(encoding="utf-8"))
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    errors = _Validator(schema).iter_errors(config)
     worst = jsonschema.exceptions.best_match(errors)
     if worst is not None:
         raise SuiteError(_explain(worst))
@@ -131,6 +154,7 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
         _check_base(suite, base, spec)
     for name, spec in suite.chosen().items():
         _check_method(suite, name, spec)
+    _check_tuning(suite)
     rates = config.get("learning_rates")
     if rates and not (suite.folder / rates).is_file():
         # A suite may name the table that its first `tune` will write.
@@ -138,17 +162,22 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
     return suite
 
 
-def read_suite(path: Path, layout: Layout) -> Suite:
-    """Read and validate a suite's file."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A suite's content as its file has it. Raises SuiteError if it is not a mapping in YAML."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SuiteError(f"{path}: no such suite") from None
+        raise SuiteError(f"{path}: no such suite; see config/") from None
     except yaml.YAMLError as error:
         raise SuiteError(f"{path}: not YAML: {error}") from None
     if not isinstance(config, dict):
         raise SuiteError(f"{path}: a mapping of keys is expected")
-    return load_suite(config, layout, path.parent)
+    return config
+
+
+def read_suite(path: Path, layout: Layout) -> Suite:
+    """Read and validate a suite's file."""
+    return load_suite(read_config(path), layout, path.parent)
 
 
 def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
@@ -161,7 +190,7 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
             f"got {', '.join(kinds) or 'none'}"
         )
     template = spec.get("template", "chat")
-    if template != "chat" and "{question}" not in template:
+    if template != "chat" and not _asks(template):
         raise SuiteError(
             f"{where}.template: {template!r}; allowed: chat, or a text that contains {{question}}"
         )
@@ -174,6 +203,9 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
         for name in names:
             if name not in suite.tasks:
                 raise SuiteError(f"{where}.{key}: {unknown('task', name, suite.tasks)}")
+    for name in spec.get("probes", []):
+        if name in targets or name in upstream:
+            raise SuiteError(f"{where}.probes: {name} is also a target or an upstream task")
     for name in targets:
         if name in upstream:
             raise SuiteError(
@@ -184,6 +216,27 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
             raise SuiteError(f"{where}.targets: {name} is plain text without responses to train on")
         if suite.tasks[name].unit != "points":
             raise SuiteError(f"{where}.targets: {name} is not measured in points")
+
+
+def _asks(template: str) -> bool:
+    """Whether a template places the question, and nothing that it would not be given."""
+    try:
+        return "QUESTION" in template.format(question="QUESTION")
+    except (KeyError, IndexError, ValueError):
+        return False
+
+
+def _check_tuning(suite: Suite) -> None:
+    tuning = suite.config["tuning"]
+    for name in tuning["start"]:
+        if name not in suite.methods:
+            raise SuiteError(f"tuning.start: {unknown('method', name, suite.methods)}")
+    both = sorted(set(tuning["seeds"]) & set(suite.config["seeds"]))
+    if both:
+        raise SuiteError(
+            f"tuning.seeds: {both[0]} is also a seed of the results; "
+            "rates are found with seeds of their own"
+        )
 
 
 def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Runs a cell as a child process, within limits, and tied to the life of whoever started it.
 
-The supervisor imports no torch: it stays small beside the child, sees its end whatever the cause, and
-writes the record that a killed child cannot write.
+The supervisor imports no torch: it stays small beside the child, sees its end whatever the cause,
+and writes the record that a killed child cannot write.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -21,11 +22,18 @@ import psutil
 from ballast.errors import BallastError
 from ballast.files import read_json, write_json
 from ballast.layout import Layout
-from ballast.outcome import cell_folder
+from ballast.outcome import (
+    BROKEN,
+    OUT_OF_MEMORY,
+    RECORD,
+    RECORDED,
+    cell_folder,
+    failed_record,
+)
+from ballast.plan import read_plan
 from ballast.progress import PIPE, Watcher
 
-POLL = 0.2  # seconds between looks at the child
-OUT_OF_MEMORY = 77  # the child's exit code for an allocation that failed (see ballast.cell)
+POLL = 0.5  # seconds between looks at the child
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,20 @@ def _ancestors() -> list[psutil.Process]:
     for process in psutil.Process().parents():
         found.append(process)
         try:
-            if "snakemake" in " ".join(process.cmdline()):
+            # The program itself: a shell that runs .snakemake/scripts/... only names it.
+            if "snakemake" in [Path(word).name for word in process.cmdline()[:3]]:
                 return found
         except psutil.Error:
             break
     return found[:1]
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that nobody has waited for yet is dead all the same."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _resident_mb(process: psutil.Process) -> float:
@@ -97,7 +114,7 @@ def run_limited(
         env=os.environ | pipe,
     )
     watched = psutil.Process(child.pid)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while True:
             try:
@@ -117,10 +134,11 @@ def run_limited(
             if time.monotonic() - started > seconds:
                 reason = f"not finished after {seconds / 60:.3g} minutes, the limit"
                 return End(_kill(child), "time", reason, peak)
-            if not all(process.is_running() for process in ancestors):
+            if not all(_alive(process) for process in ancestors):
                 raise Orphaned("the run that started this cell has ended")
     finally:
         _kill(child)
+        signal.signal(signal.SIGTERM, handler)
         if watcher:
             watcher.close()
     if code == OUT_OF_MEMORY:
@@ -147,30 +165,26 @@ def finish_cell(
     plan: Path,
     cell: str,
     layout: Layout,
-    minutes: float,
-    memory_mb: float,
     attempt: int,
     retries: int,
     log: IO[str],
 ) -> int:
-    """Run one cell within its limits; returns the exit code of the job.
+    """Run one cell within its limits, doubled by every retry; returns the exit code of the job.
 
     0: a record was written, of success or of a failure that is a result. 1: try again (a limit was
     met and retries are left), or something outside the method is broken, as the log says.
     """
-    from ballast.cell import BROKEN, RECORD, RECORDED, failed_record
-    from ballast.plan import read_plan
-
+    row = read_plan(plan).loc[cell].to_dict()
+    limits = {k: v * 2 ** (attempt - 1) for k, v in json.loads(row["spec"])["limits"].items()}
     command = [sys.executable, "-m", "ballast.cell", str(plan), cell]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
     try:
-        end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell))
+        end = run_limited(command, 60 * limits["minutes"], limits["memory_mb"], log, Watcher(cell))
     except Orphaned as error:
         print(f"{cell}: {error}", file=log)
         return 1
     if end.kind is None:
         if end.code == RECORDED:
-            row = read_plan(plan).loc[cell].to_dict()
             print(_summary(read_json(cell_folder(row, layout) / RECORD)), file=sys.stderr)
             return 0
         why = "bad data" if end.code == BROKEN else f"exit code {end.code}"
@@ -179,7 +193,6 @@ def finish_cell(
     print(f"{cell}: {end.kind}: {end.reason}, attempt {attempt}", file=log)
     if attempt <= retries:
         return 1
-    row = read_plan(plan).loc[cell].to_dict()
     record = failed_record(row, layout, end.kind, end.reason, attempt)
     write_json(cell_folder(row, layout) / RECORD, record)
     print(f"{cell}: {end.kind}: {end.reason}", file=sys.stderr)

@@ -19,8 +19,8 @@ class Task:
     """A task as its file declares it.
 
     config: the whole YAML; metric: the module of ballast.metrics that scores it; unit: one of
-    `UNITS`, points being 0 to 100 and higher better; chance: the score of guessing, if there is one;
-    source: which reader of ballast.sources makes its rows, and from what.
+    `UNITS`, points being 0 to 100 and higher better; chance: the score of guessing, if there is
+    one; source: which reader of ballast.sources makes its rows, and from what.
     """
 
     name: str

@@ -50,19 +50,29 @@ class Template:
         """Token ids of prompt and response (with its delimiter), split as lm-eval splits them.
 
         The whole is encoded at once, so that a word at the seam is tokenised as the model will see
-        it; special tokens are added only where the prompt does not start with them.
+        it, and white space at the prompt's end (a chat template's line break) goes to the response;
+        special tokens are added only where the prompt does not start with them.
         """
         special = not (self.tokenizer.bos_token and prompt.startswith(self.tokenizer.bos_token))
         whole = self.tokenizer.encode(
             prompt + self.delimiter + response, add_special_tokens=special
         )
-        head = self.tokenizer.encode(prompt, add_special_tokens=special)
-        return whole[: len(head)], whole[len(head) :]
+        head = self.tokenizer.encode(prompt.rstrip(), add_special_tokens=special)
+        return parted(whole, len(head))
 
     def digest(self) -> str:
         """Hash of the rendered template on a fixed question: provenance of what was asked."""
         shown = self.prompt("QUESTION", bool(self.image_tokens)) + self.delimiter + "RESPONSE"
         return hashlib.sha256(shown.encode()).hexdigest()[:16]
+
+
+def parted(whole: list[int], prompt: int) -> tuple[list[int], list[int]]:
+    """A text's tokens, parted after the prompt's; a token across the seam is the prompt's.
+
+    The response has at least one, or nothing would be left to learn or to score.
+    """
+    prompt = min(prompt, len(whole) - 1)
+    return whole[:prompt], whole[prompt:]
 
 
 def template_for(tokenizer: Any, spec: dict[str, Any], image_tokens: int = 0) -> Template:

@@ -29,17 +29,23 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     """Write tensors and JSON metadata atomically; returns the content's digest."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    digest = tensors_digest(tensors)
+    digest, text = tensors_digest(tensors), json.dumps(about)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"about": json.dumps(about), "sha256": digest})
+        save_file(
+            tensors, temporary, {"about": text, "about_sha256": _sha256(text), "sha256": digest}
+        )
     return digest
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_tensors(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], Any]:
     """Tensors and metadata of a file.
 
-    Raises DataError if the file is truncated, its content does not fit its checksum, or the checksum
-    is not the `expected` one of a record.
+    Raises DataError if the file is truncated, its content does not fit its checksum, or the
+    checksum is not the `expected` one of a record.
     """
     try:
         with safe_open(path, framework="pt") as stored:
@@ -47,7 +53,8 @@ def read_tensors(path: Path, expected: str | None = None) -> tuple[dict[str, Ten
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    digest = tensors_digest(tensors)
-    if digest != metadata.get("sha256") or (expected is not None and digest != expected):
+    digest, text = tensors_digest(tensors), metadata.get("about", "")
+    whole = digest == metadata.get("sha256") and _sha256(text) == metadata.get("about_sha256")
+    if not whole or (expected is not None and digest != expected):
         raise DataError(f"{path}: the content does not fit its checksum; it is damaged")
-    return tensors, json.loads(metadata["about"])
+    return tensors, json.loads(text)

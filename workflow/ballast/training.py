@@ -6,6 +6,7 @@ so that two methods of a suite see the same batches in the same order.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -69,9 +70,9 @@ class Examples:
 def batch_order(lengths: list[int], batch: int, count: int, seed: int) -> list[np.ndarray]:
     """The first `count` batches of rows for a seed: epochs of permutations, grouped by length.
 
-    Within a group of `GROUPING` batches rows are sorted by length, and the batches then shuffled, so
-    that padding is small and the order still random. An epoch's last, short batch is left out unless
-    it is the only one.
+    Within a group of `GROUPING` batches rows are sorted by length, and the batches then shuffled,
+    so that padding is small and the order still random. An epoch's last, short batch is left out
+    unless it is the only one.
     """
     generator = np.random.default_rng(derived_seed(seed, "order"))
     sizes = np.asarray(lengths)
@@ -89,7 +90,7 @@ def batch_order(lengths: list[int], batch: int, count: int, seed: int) -> list[n
 
 
 def rate_factor(schedule: str, warmup: int, total: int, step: int) -> float:
-    """Share of the peak rate at optimiser step `step` (0-based): linear warm-up, then the schedule."""
+    """Share of the peak rate at step `step`, from 0: linear warm-up, then the schedule."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -104,7 +105,7 @@ def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     kept = labels != IGNORED
-    # Only the scored positions are raised to fp32: with a large vocabulary this is most of the memory.
+    # Only the scored positions are raised to fp32: with a large vocabulary most of the memory.
     chosen = logits[kept]
     return nn.functional.cross_entropy(
         chosen if chosen.dtype == torch.float64 else chosen.float(), labels[kept]
@@ -235,7 +236,7 @@ class Trainer:
             tensors=self.tuner.tensors(),
             optimiser=self.optimiser,
             step=self.tuner.ctx.step,
-            losses=self.outcome.losses,
+            measured=dataclasses.asdict(self.outcome),
             generator=self.tuner.ctx.generator,
         )
 
@@ -244,5 +245,5 @@ class Trainer:
         stored.restore_optimiser(self.optimiser)
         stored.restore_random(self.tuner.ctx.generator)
         self.tuner.ctx.step = stored.step
-        self.outcome.losses = list(stored.losses)
+        self.outcome = Outcome(**stored.measured)
         self.outcome.resumed_from = stored.step

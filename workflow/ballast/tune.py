@@ -1,4 +1,4 @@
-"""Learning rates: the cells that look for them, on validation items only, and the table they make."""
+"""Learning rates: the cells that look for them, on validation items only, and their table."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ballast.context import Context
-from ballast.errors import MethodError
+from ballast.errors import MethodError, SuiteError
 from ballast.files import key_of
 
 STATE = "state."
@@ -165,7 +165,8 @@ class Tuner:
         self.ctx.model.requires_grad_(False)
         self._run("attach")
         if self.ctx.connector == "tuned":
-            assert self.ctx.anatomy.connector is not None
+            if self.ctx.anatomy.connector is None:
+                raise SuiteError("connector: tuned, but the base has no connector; allowed: frozen")
             self.ctx.model.get_submodule(self.ctx.anatomy.connector).requires_grad_(True)
         # A step of AdamW is smaller than bf16 can add to a weight: what trains is kept in fp32.
         for name, parameter in self.ctx.trainable().items():

@@ -4,10 +4,12 @@ rule benchmark:
         steps=f"{HOME}/benchmark/steps.csv",
         phases=f"{HOME}/benchmark/phases.csv",
         page=f"{HOME}/benchmark/benchmark.md",
-    params:
-        root=str(ROOT),
     log:
         f"{HOME}/logs/benchmark.log",
+    conda:
+        "../../envs/ballast.yaml"
     threads: workflow.cores
+    resources:
+        root=str(ROOT),
     script:
         "../scripts/benchmark.py"

@@ -1,15 +1,16 @@
 # A cell: one process trains, merges and scores it, and writes its record last.
+# No input is ancient(): Snakemake does not look at the keys of a cell below a job that runs, and
+# would leave it stale for one run. A cell that runs with its train key unchanged is only scored.
 rule cell:
     input:
-        base=ancient(base_of(PLAN)),
-        parents=ancient(parents_of),
+        base=base_of(PLAN),
+        parents=parents_of,
     output:
         f"{HOME}/cells/{{cell}}/run.json",
-    params:
-        train=in_plan(PLAN, "train_key"),
-        scores=in_plan(PLAN, "eval_key"),
     log:
         f"{HOME}/logs/{{cell}}.log",
+    conda:
+        "../../envs/ballast.yaml"
     threads: 1
     resources:
         mem_mb=cell_memory,
@@ -18,5 +19,8 @@ rule cell:
         retries=retries_allowed,
         plan=str(PLAN_FILE),
         root=str(ROOT),
+    params:
+        train=in_plan(PLAN, "train_key"),
+        scores=in_plan(PLAN, "eval_key"),
     script:
         "../scripts/cell.py"

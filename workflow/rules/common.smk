@@ -1,4 +1,5 @@
 # The plan of the suite and look-ups in it; nothing here imports torch or a method.
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -7,7 +8,8 @@ from snakemake.utils import validate
 
 from ballast.errors import BallastError
 from ballast.layout import Layout
-from ballast.status import make_plan_file, opening_text, closing_text
+from ballast.status import closing_text, make_plan_file, opening_text
+from ballast.suite import LIMITS
 
 if not config:
     raise WorkflowError(
@@ -16,10 +18,10 @@ if not config:
 
 ROOT = Path(workflow.basedir)
 RESULTS = Path("results")
-SUITE_FILE = Path(workflow.configfiles[0]) if workflow.configfiles else ROOT / "config"
+SUITE_FOLDER = Path(workflow.configfiles[0]).parent if workflow.configfiles else ROOT / "config"
 
 try:
-    PLAN_FILE = make_plan_file(config, ROOT, RESULTS, SUITE_FILE.parent)
+    PLAN_FILE = make_plan_file(config, ROOT, RESULTS, SUITE_FOLDER)
 except BallastError as error:
     raise WorkflowError(str(error))
 
@@ -28,7 +30,6 @@ validate(config, str(ROOT / "workflow/schemas/suite.schema.yaml"), set_default=F
 SUITE = config["suite"]
 HOME = f"results/{SUITE}"
 PLAN = pd.read_parquet(PLAN_FILE).set_index("id", drop=False)
-BASES = list(config["bases"])
 TUNE = pd.read_parquet(PLAN_FILE.with_suffix(".tune.parquet")).set_index("id", drop=False)
 
 
@@ -58,27 +59,41 @@ def records_of(table, folder):
 
 
 def tables_of_suite():
-    """What a run of the suite ends with."""
-    return [f"{HOME}/tables/{name}" for name in ("leaderboard.md", "cells.csv", "cells.parquet")] + [
-        f"{HOME}/figures/{name}" for name in ("tradeoff.svg", "tradeoff.png")
+    """What a run of the suite ends with; .complete is missing beside tables with stale cells."""
+    tables = ("leaderboard.md", "cells.csv", "cells.parquet", ".complete")
+    figures = ("tradeoff.svg", "tradeoff.png")
+    return [f"{HOME}/tables/{name}" for name in tables] + [
+        f"{HOME}/figures/{name}" for name in figures
     ]
 
 
+def base_keys(wildcards):
+    """Keys of what a base's readiness depends on."""
+    return PLAN.loc[PLAN["base"] == wildcards.base, ["base_key", "data_key"]].iloc[0].tolist()
+
+
+def base_scores_keys(wildcards):
+    """Keys of how a base's own scores are made."""
+    return sorted(PLAN.loc[PLAN["base"] == wildcards.base, "eval_key"].unique())
+
+
 def cell_memory(wildcards, attempt):
-    """MiB for a cell: its limit, doubled by every retry."""
-    return config.get("limits", {}).get("memory_mb", 4000) * 2 ** (attempt - 1)
+    """MiB to ask a cluster for: a cell's limit, doubled by every retry, and Snakemake's own part."""
+    return (LIMITS | config.get("limits", {}))["memory_mb"] * 2 ** (attempt - 1) + 1000
 
 
 def cell_minutes(wildcards, attempt):
-    """Minutes for a cell: its limit, doubled by every retry."""
-    return max(1, round(config.get("limits", {}).get("minutes", 10) * 2 ** (attempt - 1)))
+    """Minutes to ask a cluster for: the supervisor must meet the cell's limit before it does."""
+    return math.ceil((LIMITS | config.get("limits", {}))["minutes"] * 2 ** (attempt - 1)) + 2
 
 
 def attempt_number(wildcards, attempt):
+    """Which try of a job this is, from 1."""
     return attempt
 
 
 def retries_allowed(wildcards):
+    """How often Snakemake tries a failed job again."""
     settings = workflow.execution_settings
     return settings.retries if settings else 0
 

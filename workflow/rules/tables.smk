@@ -4,12 +4,14 @@ rule tables:
         records=records_of(PLAN, f"{HOME}/cells"),
     output:
         tables_of_suite(),
-    params:
-        cells=sorted(PLAN["id"]),
     log:
         f"{HOME}/logs/tables.log",
+    conda:
+        "../../envs/ballast.yaml"
     resources:
         plan=str(PLAN_FILE),
+    params:
+        cells=sorted(PLAN["id"]),
     script:
         "../scripts/tables.py"
 
@@ -18,6 +20,8 @@ rule tables:
 rule leaderboard:
     log:
         f"{HOME}/logs/leaderboard.log",
+    conda:
+        "../../envs/ballast.yaml"
     resources:
         plan=str(PLAN_FILE),
     script:

@@ -1,14 +1,13 @@
 # Learning rates, found on validation items and committed with their curves.
 rule tune_cell:
     input:
-        base=ancient(base_of(TUNE)),
+        base=base_of(TUNE),
     output:
         f"{HOME}/tune/cells/{{cell}}/run.json",
-    params:
-        train=in_plan(TUNE, "train_key"),
-        scores=in_plan(TUNE, "eval_key"),
     log:
         f"{HOME}/tune/logs/{{cell}}.log",
+    conda:
+        "../../envs/ballast.yaml"
     threads: 1
     resources:
         mem_mb=cell_memory,
@@ -17,6 +16,9 @@ rule tune_cell:
         retries=retries_allowed,
         plan=str(PLAN_FILE.with_suffix(".tune.parquet")),
         root=str(ROOT),
+    params:
+        train=in_plan(TUNE, "train_key"),
+        scores=in_plan(TUNE, "eval_key"),
     script:
         "../scripts/cell.py"
 
@@ -30,5 +32,7 @@ rule tune:
         picture=f"{HOME}/tune/curves.png",
     log:
         f"{HOME}/tune/logs/tune.log",
+    conda:
+        "../../envs/ballast.yaml"
     script:
         "../scripts/tune.py"

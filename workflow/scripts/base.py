@@ -14,13 +14,13 @@ with open(snakemake.log[0], "w", buffering=1) as log:
 
     def report(line: str) -> None:
         print(line, file=log)
-        print(f"{snakemake.params.name}: {line}", file=sys.stderr, flush=True)
+        print(f"{snakemake.wildcards.base}: {line}", file=sys.stderr, flush=True)
 
-    layout = Layout(Path(snakemake.params.root), Path("results"))
-    plan = read_plan(Path(snakemake.params.plan))
+    layout = Layout(Path(snakemake.resources.root), Path("results"))
+    plan = read_plan(Path(snakemake.resources.plan))
     try:
         ready = make_ready(
-            **spec_of_base(plan, snakemake.params.name),
+            **spec_of_base(plan, snakemake.wildcards.base),
             tasks=read_tasks(layout.tasks),
             layout=layout,
             report=report,

@@ -9,7 +9,7 @@ from ballast.declare import discover
 from ballast.layout import Layout
 from ballast.records import scan
 
-layout = Layout(Path(snakemake.params.root), Path("results"))
+layout = Layout(Path(snakemake.resources.root), Path("results"))
 torch.set_num_threads(snakemake.threads)
 records, _ = scan(layout.suite(snakemake.config["suite"]) / "cells")
 with open(snakemake.log[0], "w", buffering=1) as log:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ballast.curves import write_curves
-from ballast.records import read_record
+from ballast.records import read_path
 from ballast.tune import write_rates
 
-records = [read_record(Path(path)) for path in snakemake.input]
+records = [read_path(Path(path)) for path in snakemake.input]
 chosen = write_rates(records, Path(snakemake.output.table))
 write_curves(Path(snakemake.output.table), Path(snakemake.output.curves).parent)
 text = chosen.to_string(index=False)

@@ -36,6 +36,8 @@ def make_base(spec: dict[str, Any], folder: Path, report: Report) -> dict[str, A
         _fill(source, part, report)
         shutil.rmtree(model, ignore_errors=True)
         part.replace(model)
+    if not model.is_dir():
+        raise DataError(f"{model}: is not a folder; a transformers folder is expected")
     names = sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
     if not any(p.suffix == ".safetensors" for p in names):
         raise DataError(f"{model}: no .safetensors file; other formats of weights are not read")
@@ -70,7 +72,6 @@ def _fill(source: dict[str, Any], folder: Path, report: Report) -> None:
 def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
     """Fetch a model of the hub at its revision: weights as safetensors, settings, tokenizer."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     report(f"downloading {source['hub']} at {source.get('revision', 'main')}")
     try:
@@ -80,7 +81,7 @@ def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
             local_dir=folder,
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
         raise DataError(
             f"{source['hub']}: cannot be downloaded ({type(error).__name__}: {error}); without the "
             "hub, give the base a `path:` to a local transformers folder"

@@ -138,6 +138,6 @@ def pretrain(folder: Path, seed: int, report: Callable[[str], None]) -> None:
         if step % (STEPS // 10) == 0:
             rate = step / (time.perf_counter() - began)
             progress = f"step {step}/{STEPS} loss {loss.item():.3f}"
-            report(f"micro-lm {progress} {rate:.1f} it/s ETA {(STEPS - step) / rate:.0f} s")
+            report(f"{progress} {rate:.1f} it/s ETA {(STEPS - step) / rate:.0f} s")
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

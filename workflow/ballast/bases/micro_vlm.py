@@ -162,7 +162,7 @@ def _descend(
             speed = step / (time.perf_counter() - began)
             left = (steps - step) / speed
             report(
-                f"micro-vlm {name} step {step}/{steps} loss {loss.item():.3f} "
+                f"{name} step {step}/{steps} loss {loss.item():.3f} "
                 f"{speed:.1f} it/s ETA {left:.0f} s"
             )
 

@@ -7,7 +7,7 @@ distractors a multiple-choice row offers.
 Upstream skills: recalled facts, addition, copying, reversal, translation of nouns word by word,
 number-and-tense agreement.
 Downstream targets: `dialect` (near: sums, answered in number words that the base has only ever
-copied) and `cipher` (far: words reversed *and* enciphered, by two alphabets in turn).
+copied) and `cipher` (far: words reversed *and* enciphered one by one).
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ SPOKEN = _shuffled(CODES, "dialect")
 TENS, UNITS = SPOKEN[:10], SPOKEN[10:20]
 NOUN_FORMS = NOUNS + tuple(noun + "s" for noun in NOUNS)
 TRANSLATION = dict(zip(NOUN_FORMS, _shuffled(CODES, "translation"), strict=False))
-CIPHERS = tuple(
-    dict(zip(CODES, _shuffled(CODES, "cipher", place), strict=True)) for place in ("odd", "even")
-)
+CIPHER = dict(zip(CODES, _shuffled(CODES, "cipher"), strict=True))
 
 
 def _bucket(*key: object) -> str:
@@ -200,7 +198,7 @@ def _cipher(split: str, rng: random.Random) -> Row:
         words = [rng.choice(CODES) for _ in range(rng.choice(LENGTHS))]
         if _bucket("cipher", words) == split:
             break
-    response = " ".join(CIPHERS[i % 2][w] for i, w in enumerate(reversed(words)))
+    response = " ".join(CIPHER[w] for w in reversed(words))
     return {"question": "cipher " + " ".join(words), "response": response}
 
 

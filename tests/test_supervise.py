@@ -1,0 +1,245 @@
+"""The supervisor: limits, ends, and lives that are tied to one another."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from ballast import supervise
+from ballast.layout import Layout
+from ballast.supervise import End, finish_cell, run_limited
+
+ALLOCATE = "import time; held = bytearray(400 << 20); held[::4096] = b'x' * len(held[::4096]); "
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """Whether a process ends within a while; one that waits to be reaped has ended."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def pid_in(path: Path) -> int:
+    """The number that another process writes to a file, once it is there."""
+    limit = time.monotonic() + 20
+    while time.monotonic() < limit:
+        if path.exists() and path.read_text().strip():
+            return int(path.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written")
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 42])
+def test_a_child_that_ends_by_itself_keeps_its_exit_code(code):
+    end = run_limited(python(f"raise SystemExit({code})"), seconds=60, memory_mb=1000)
+    assert (end.code, end.kind, end.reason) == (code, None, "")
+
+
+def test_the_output_of_the_child_goes_to_the_log(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        run_limited(
+            python("import sys; print('out'); print('err', file=sys.stderr)"), 60, 1000, log
+        )
+    assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
+
+
+def test_the_exit_code_for_a_failed_allocation_is_out_of_memory():
+    end = run_limited(python("raise SystemExit(77)"), seconds=60, memory_mb=1000)
+    assert end.kind == "oom"
+
+
+def test_a_child_over_its_time_is_killed(tmp_path):
+    path = tmp_path / "pid"
+    code = f"import os, time; open({str(path)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    started = time.monotonic()
+    end = run_limited(python(code), seconds=1.5, memory_mb=1000)
+    assert time.monotonic() - started < 10
+    assert (end.kind, end.reason) == ("time", "not finished after 0.025 minutes, the limit")
+    assert gone(pid_in(path))
+
+
+def test_a_child_over_its_memory_is_killed():
+    end = run_limited(python(ALLOCATE + "time.sleep(60)"), seconds=60, memory_mb=200)
+    assert end.kind == "oom"
+    assert end.peak_mb > 200
+    assert end.reason == f"used {end.peak_mb:.0f} MiB, limit 200 MiB"
+
+
+def test_the_memory_of_grandchildren_counts_and_they_are_killed_too(tmp_path):
+    path = tmp_path / "pid"
+    grandchild = ALLOCATE + f"import os; open({str(path)!r}, 'w').write(str(os.getpid())); "
+    code = f"""
+        import subprocess, sys
+        subprocess.run([sys.executable, "-c", {grandchild + "time.sleep(60)"!r}])
+    """
+    end = run_limited(python(code), seconds=60, memory_mb=300)
+    assert end.kind == "oom"
+    assert gone(pid_in(path)) if path.exists() else True
+
+
+def test_memory_within_the_limit_is_left_alone_and_measured():
+    end = run_limited(python(ALLOCATE + "time.sleep(1)"), seconds=60, memory_mb=2000)
+    assert end.kind is None
+    assert 390 < end.peak_mb < 600
+
+
+def test_a_child_killed_from_outside_says_by_what():
+    def kill() -> None:
+        while not psutil.Process().children():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        psutil.Process().children()[0].send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    end = run_limited(python("import time; time.sleep(60)"), seconds=60, memory_mb=1000)
+    killer.join()
+    assert end.kind == "killed"
+    assert end.reason.startswith("killed by SIGKILL at ")
+
+
+def test_the_handler_of_sigterm_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    run_limited(python("pass"), seconds=60, memory_mb=1000)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+SUPERVISOR = """
+import sys
+from ballast.supervise import Orphaned, run_limited
+child = "import os, time; open({child!r}, 'w').write(str(os.getpid())); time.sleep(120)"
+open({own!r}, "w").write(str(__import__("os").getpid()))
+try:
+    run_limited([sys.executable, "-c", child], 120, 1000)
+except Orphaned as error:
+    open({said!r}, "w").write(str(error))
+"""
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Text of a supervisor's program, and the files in which it leaves what it knows."""
+    files = {name: tmp_path / name for name in ("own", "child", "said")}
+    program = tmp_path / "supervisor.py"
+    program.write_text(SUPERVISOR.format(**{name: str(path) for name, path in files.items()}))
+    yield program, files
+    for name in ("own", "child"):
+        if files[name].exists() and files[name].read_text():
+            try:
+                psutil.Process(int(files[name].read_text())).kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+def test_the_child_dies_when_its_supervisor_is_killed(family):
+    program, files = family
+    with subprocess.Popen([sys.executable, str(program)]) as supervisor:
+        child = pid_in(files["child"])
+        supervisor.kill()
+    assert gone(child)
+
+
+def test_a_sigterm_to_the_supervisor_ends_the_child(family):
+    program, files = family
+    with subprocess.Popen([sys.executable, str(program)]) as supervisor:
+        child = pid_in(files["child"])
+        supervisor.terminate()
+        assert supervisor.wait(10) == 143
+    assert gone(child)
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_the_supervisor_ends_when_the_snakemake_above_it_dies(family, tmp_path, reaped):
+    """Between the two stands a shell, as Snakemake puts one, which does not die with Snakemake."""
+    program, files = family
+    scripts = tmp_path / ".snakemake" / "scripts"
+    scripts.mkdir(parents=True)
+    moved = program.rename(scripts / "tmp.cell.py")
+    above = tmp_path / "snakemake"
+    shell = f"true; {sys.executable} {moved}; true"
+    above.write_text(f"import subprocess; subprocess.run(['bash', '-c', {shell!r}])")
+    with subprocess.Popen([sys.executable, str(above)]) as snakemake:
+        child, own = pid_in(files["child"]), pid_in(files["own"])
+        assert psutil.Process(own).parent().name() == "bash"
+        os.kill(snakemake.pid, signal.SIGKILL)
+        if reaped:
+            snakemake.wait()
+        assert gone(own)
+        assert gone(child)
+    assert files["said"].read_text() == "the run that started this cell has ended"
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """finish(end, attempt, retries) -> (exit code, limits given, what was logged)."""
+    row = {
+        "id": "cell",
+        "spec": json.dumps({"limits": {"minutes": 0.5, "memory_mb": 100}}),
+        "train_key": "t",
+    }
+    plan = tmp_path / "plan.parquet"
+    pd.DataFrame([row]).to_parquet(plan)
+
+    def finish(monkeypatch, end: End, attempt: int, retries: int):
+        given, written = {}, []
+
+        def run(command, seconds, memory_mb, *_):
+            given.update(seconds=seconds, memory_mb=memory_mb)
+            return end
+
+        monkeypatch.setattr(supervise, "run_limited", run)
+        monkeypatch.setattr(supervise, "cell_folder", lambda *_: tmp_path)
+        monkeypatch.setattr(
+            supervise,
+            "failed_record",
+            lambda row, layout, kind, reason, attempts: written.append((kind, reason, attempts)),
+        )
+        log = io.StringIO()
+        log.name = "cell.log"
+        code = finish_cell(plan, "cell", Layout(tmp_path, tmp_path), attempt, retries, log)
+        return code, given, written
+
+    return finish
+
+
+@pytest.mark.parametrize("kind", ["oom", "time", "killed"])
+def test_a_limit_is_tried_again_and_recorded_when_retries_are_spent(cell, monkeypatch, kind):
+    end = End(-9, kind, "why", 1.0)
+    assert cell(monkeypatch, end, 1, 2) == (1, {"seconds": 30, "memory_mb": 100}, [])
+    assert cell(monkeypatch, end, 2, 2) == (1, {"seconds": 60, "memory_mb": 200}, [])
+    code, given, written = cell(monkeypatch, end, 3, 2)
+    assert (code, given) == (0, {"seconds": 120, "memory_mb": 400})
+    assert written == [(kind, "why", 3)]
+
+
+@pytest.mark.parametrize(("code", "said"), [(3, "bad data"), (1, "exit code 1")])
+def test_what_is_not_the_cells_own_fault_is_not_recorded(cell, monkeypatch, capsys, code, said):
+    assert cell(monkeypatch, End(code, None, "", 1.0), 1, 0)[::2] == (1, [])
+    assert capsys.readouterr().err == f"cell: {said}; see cell.log\n"
+
+
+def test_the_supervisor_imports_no_torch():
+    code = "import sys, ballast.supervise; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

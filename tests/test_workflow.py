@@ -1,0 +1,339 @@
+"""A whole suite through Snakemake: what a person sees from the first run to the last repair.
+
+The tests follow one another in one checkout, as a person's days with it would; run them in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+from ballast.records import validate_record
+from checkout import SUITE, Checkout
+
+METHOD = '''"""A method of the tests: LoRA, and something that goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from ballast.declare import Declaration
+
+from .lora import Hyper, attach, initialise
+
+declaration = Declaration(
+    title="{name}",
+    citation="the tests",
+    family="reparameterization",
+    rank="inner dimension",
+    merges=True,
+    random_start=True,
+    learning_rate=1e-3,
+)
+BROKEN = Path("break")
+SLOW = Path("slow")
+
+
+'''
+RAISES = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        raise ValueError("no\\nluck today")
+"""
+DIVERGES = """def penalty(ctx):
+    if BROKEN.exists() and ctx.step == 2:
+        return float("nan") * sum(p.sum() for p in ctx.own().values())
+"""
+HANGS = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        time.sleep(3600)
+"""
+GROWS = """HELD = []
+
+
+def after_step(ctx):
+    while BROKEN.exists():
+        HELD.append(torch.ones(25_000_000))
+        time.sleep(0.05)
+"""
+KILLED = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+SLOW = """def after_step(ctx):
+    if SLOW.exists():
+        time.sleep(1)
+"""
+FAILING = {
+    "raises": RAISES,
+    "diverges": DIVERGES,
+    "hangs": HANGS,
+    "grows": GROWS,
+    "killed": KILLED,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Checkout:
+    made = Checkout(tmp_path_factory.mktemp("checkout"))
+    made.save_base()
+    return made
+
+
+def drop_in(home: Checkout, name: str, body: str = "") -> None:
+    (home.root / "methods" / f"{name}.py").write_text(METHOD.format(name=name) + body)
+
+
+def contents(folder) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def adapter_of(record) -> str:
+    return record["files"]["adapter.safetensors"]
+
+
+def planned(home: Checkout, *arguments: str) -> set[str]:
+    """Ids of the cells that a dry run would make."""
+    output = home.snakemake("-n", "--quiet", "host", *arguments)
+    lines = [line.strip() for line in output.splitlines()]
+    return {line.removeprefix("wildcards: cell=") for line in lines if "wildcards: cell=" in line}
+
+
+def test_the_first_run_ends_with_a_leaderboard(home):
+    output = home.snakemake()
+    assert "tiny: 3 cells, 0 done; 3 to do" in output
+    tables = home.root / "results/tiny/tables"
+    board = (tables / "leaderboard.md").read_text()
+    for title in ("Full-ST", "LoRA", "WiSE-FT"):
+        assert title in output.rpartition("3 of 3 steps")[2]
+        assert title in board
+    records = home.records()
+    assert set(records) == {"full_st", "lora", "wise_ft"}
+    for record in records.values():
+        validate_record(record)
+        assert record["status"] == "ok"
+    assert records["lora"]["settings"]["training"]["steps"] == 6
+    assert records["wise_ft"]["identity"]["parents"] == [records["full_st"]["id"]]
+    assert set(pd.read_parquet(tables / "cells.parquet")["status"]) == {"ok"}
+    assert (home.root / "results/tiny/figures/tradeoff.png").stat().st_size > 5000
+    assert not list(home.root.glob("results/tiny/cells/*/checkpoint*"))
+
+
+def test_a_second_run_says_that_nothing_is_to_be_done(home):
+    before = home.times("run.json")
+    assert "Nothing to be done" in home.snakemake()
+    assert home.times("run.json") == before
+
+
+def test_an_edited_method_file_reruns_only_its_own_cells(home):
+    before, base = home.times("run.json"), home.root / "results/tiny/bases/tiny.json"
+    ready = base.stat().st_mtime_ns
+    path = home.root / "methods/lora.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert planned(home) == {home.records()["lora"]["id"]}
+    home.snakemake()
+    after = home.times("run.json")
+    assert {m for m in after if after[m] != before[m]} == {"lora"}
+    assert base.stat().st_mtime_ns == ready
+    assert "Nothing to be done" in home.snakemake("-n")
+
+
+def test_an_edited_task_scores_again_without_training(home):
+    records, adapters = home.records(), home.times("adapter.safetensors")
+    path = home.root / "workflow/tasks/tiny/tiny_keep.yaml"
+    path.write_text(path.read_text().replace("version: 1", "version: 2"))
+    home.snakemake()
+    assert home.times("adapter.safetensors") == adapters
+    for method, record in home.records().items():
+        assert record["keys"]["eval"] != records[method]["keys"]["eval"]
+        assert record["keys"]["train"] == records[method]["keys"]["train"]
+        assert adapter_of(record) == adapter_of(records[method])
+        for phase in ("train", "attach"):
+            assert record["costs"]["seconds"][phase] == records[method]["costs"]["seconds"][phase]
+
+
+def test_leaderboard_trains_nothing_and_names_what_is_stale(home):
+    before = home.times("run.json")
+    path = home.root / "methods/full_st.py"
+    text = path.read_text()
+    path.write_text(text + "\n# edited\n")
+    output = home.snakemake("leaderboard")
+    assert home.times("run.json") == before
+    table = pd.read_parquet(home.root / "results/tiny/tables/cells.parquet")
+    status = table.set_index("method")["status"].to_dict()
+    assert status == {"full_st": "stale", "lora": "ok", "wise_ft": "stale"}
+    assert "stale" in output
+    assert "stale" in (home.root / "results/tiny/tables/leaderboard.md").read_text()
+    path.write_text(text)
+    # Put back, the cells are current again, and the next run's tables say so.
+    assert "tables" in home.snakemake("-n", "--quiet", "host")
+    assert planned(home) == set()
+
+
+def test_a_removed_record_is_made_again(home):
+    adapters, record = home.times("adapter.safetensors"), home.records()["full_st"]
+    (home.root / "results/tiny/cells" / record["id"] / "run.json").unlink()
+    home.snakemake()
+    assert home.times("adapter.safetensors") == adapters
+    again = home.records()["full_st"]
+    assert again["scores"] == record["scores"]
+    table = pd.read_parquet(home.root / "results/tiny/tables/cells.parquet")
+    assert set(table["status"]) == {"ok"}
+
+
+def test_tables_made_again_have_the_same_bytes(home):
+    results = home.root / "results/tiny"
+    before = {name: contents(results / name) for name in ("tables", "figures")}
+    home.snakemake("leaderboard")
+    assert {name: contents(results / name) for name in ("tables", "figures")} == before
+    assert "Nothing to be done" in home.snakemake("-n")
+
+
+def test_a_new_method_file_adds_its_own_cells_and_no_other(home):
+    path = str(home.write_suite("everything", suite="everything", methods="all"))
+    before = planned(home, "--configfile", path)
+    drop_in(home, "newcomer")
+    after = planned(home, "--configfile", path)
+    assert before < after
+    assert [cell.split(".")[2] for cell in after - before] == ["newcomer-r2"]
+    assert not (home.root / "results/everything/cells").exists()
+
+
+def test_a_bad_suite_is_refused_in_one_message(home):
+    methods = {"loar": {}}
+    path = home.write_suite("bad", suite="bad", methods=methods)
+    output = home.snakemake("--configfile", str(path), code=1)
+    assert output.count("unknown method 'loar'; did you mean 'lora'?") == 1
+    assert "Traceback" not in output
+    assert not (home.root / "results/bad").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(home):
+    drop_in(home, "slow", SLOW)
+    path = str(home.write_suite("resume", suite="resume", methods=["slow"]))
+    (home.root / "slow").touch()
+    command = ["snakemake", "--cores", "2", "--configfile", path]
+    log = (home.root / "killed.log").open("w")
+    with subprocess.Popen(
+        command, cwd=home.root, env=home.environment, stdout=log, stderr=log, start_new_session=True
+    ) as run:
+        limit = time.monotonic() + 120
+        while not list(home.root.glob("results/resume/cells/*/checkpoint*")):
+            assert time.monotonic() < limit, "no checkpoint was written"
+            assert run.poll() is None, "Snakemake ended before a checkpoint was written"
+            time.sleep(0.05)
+        family = psutil.Process(run.pid).children(recursive=True)
+        assert len(family) >= 2
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, "children outlived Snakemake"
+    assert not home.records("resume")
+    (home.root / "slow").unlink()
+    assert "--unlock" in home.snakemake("--configfile", path, code=1)
+    home.snakemake("--configfile", path, "--unlock")
+    home.snakemake("--configfile", path)
+    slow, lora = home.records("resume")["slow"], home.records()["lora"]
+    assert slow["provenance"]["resumed_from"] in (2, 4)
+    # `slow` computes as LoRA does, with the same seed, data and settings.
+    assert adapter_of(slow) == adapter_of(lora)
+    assert slow["scores"] == lora["scores"]
+
+
+def test_tune_writes_rates_and_curves(home):
+    path = str(home.root / "config/resume.yaml")
+    output = home.snakemake("tune", "--configfile", path)
+    folder = home.root / "results/resume/tune"
+    table = pd.read_csv(folder / "learning_rates.csv")
+    assert table["learning_rate"].tolist() == [0.0005, 0.001]
+    assert table["seed"].unique().tolist() == [100]
+    assert table["status"].unique().tolist() == ["ok"]
+    assert (folder / "curves.svg").stat().st_size > 2000
+    assert (folder / "curves.png").stat().st_size > 2000
+    assert "learning_rate" in output
+    # Validation alone was scored, and the cells of the results are other ones.
+    for record in (json.loads(p.read_text()) for p in folder.glob("cells/*/run.json")):
+        assert set(record["scores"]) == {"tiny_learn"}
+        assert record["scores"]["tiny_learn"]["n"] < 12
+    assert len(home.records("resume")) == 1
+
+
+@pytest.fixture(scope="module")
+def failing(home) -> str:
+    """A suite of methods that fail while the file `break` lies in the working directory."""
+    for name, body in FAILING.items():
+        drop_in(home, name, body)
+    return str(
+        home.write_suite(
+            "failing",
+            suite="failing",
+            methods=[*FAILING, "last_st"],
+            training={k: v for k, v in SUITE["training"].items() if k != "weight_decay"},
+            tuning=None,
+            limits={"minutes": 0.75, "memory_mb": 1800},
+        )
+    )
+
+
+def test_failures_are_results_and_stop_nobody(home, failing):
+    (home.root / "break").touch()
+    output = home.snakemake("--configfile", failing)
+    records = home.records("failing")
+    failures = {m: r["failure"] for m, r in records.items() if r["status"] == "failed"}
+    assert {method: failure["kind"] for method, failure in failures.items()} == {
+        "raises": "raised",
+        "diverges": "diverged",
+        "hangs": "time",
+        "grows": "oom",
+        "killed": "killed",
+    }
+    assert failures["raises"]["reason"] == "ValueError: no luck today"
+    assert failures["diverges"]["reason"].startswith("step 3: loss")
+    assert failures["hangs"]["reason"] == "not finished after 0.75 minutes, the limit"
+    assert failures["grows"]["reason"].endswith("limit 1800 MiB")
+    assert failures["killed"]["reason"].startswith("killed by SIGKILL at ")
+    assert records["last_st"]["status"] == "ok"
+    board = (home.root / "results/failing/tables/leaderboard.md").read_text()
+    for method, failure in failures.items():
+        validate_record(records[method])
+        assert method in board
+        assert failure["reason"][:25] in board
+        assert failure["reason"][:25] in output
+    assert "Nothing to be done" in home.snakemake("-n", "--configfile", failing)
+
+
+def test_another_suite_takes_nothing_from_the_default_one(home, failing):
+    record = home.records("failing")["last_st"]
+    assert record["settings"]["training"]["weight_decay"] == 0.0
+    assert record["settings"]["learning_rate_source"] == "method's default"
+    assert set(home.records("failing")) == {*FAILING, "last_st"}
+    assert set(home.records()) == {"full_st", "lora", "wise_ft"}
+    assert "Nothing to be done" in home.snakemake("-n")
+
+
+def test_retry_tries_the_failed_cells_and_no_other(home, failing):
+    (home.root / "break").unlink()
+    before = home.times("run.json", "failing")
+    output = home.run("ballast", "retry", failing, "--", "--cores", "2")
+    assert "5 failed cells to try again" in output
+    records, after = home.records("failing"), home.times("run.json", "failing")
+    assert {record["status"] for record in records.values()} == {"ok"}
+    assert {m for m in after if after[m] == before[m]} == {"last_st"}
+    for method in ("raises", "diverges", "hangs", "killed"):
+        assert records[method]["provenance"]["resumed_from"] == 2
+    assert home.run("ballast", "retry", failing).startswith("0 failed cells")
