@@ -304,7 +304,7 @@ def run_c(weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
     return np.array(logits)
 
 
-PIECES = [" ", "a", "b", "c", " a", "ab", "bc", "abc", " ab", "é", "cc", "aa"]
+PIECES = [" ", "a", "b", "c", " a", "ab", "bc", "aba", " ab", "é", "cc", "aa"]
 PIECES += [chr(0x3040 + i) for i in range(SIZES["words"] - 259 - len(PIECES))]
 
 
@@ -371,7 +371,7 @@ def test_a_converted_tokenizer_merges_by_score(files, tmp_path):
     convert(model, tokenizer, tmp_path / "hf")
     made = load_base(tmp_path / "hf").tokenizer
     random = np.random.default_rng(0)
-    texts = ["", "abc", "abcc", "aaaa bc", "  a", "é € 😀", "x\ny", "<0x41>", "a</b>"]
+    texts = ["", "abc", "babcc", "aaaa bc", "  a", "é € 😀", "x\ny", "<0x41>", "a</b>"]
     texts += ["".join(random.choice(list("abc é1"), 12)) for _ in range(100)]
     for text in texts:
         assert made.encode(text) == encode_c(text), text

@@ -179,7 +179,7 @@ def contents() -> str:
 def test_rows_are_the_same_on_every_call_and_in_every_process():
     """Another process with another hash seed: no set's order and no global state has a say."""
     code = "import test_data; print(test_data.contents())"
-    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

@@ -120,6 +120,8 @@ class _Work:
         first_step = since_start()
         with self.phases.phase("train"):
             outcome = trainer.run()
+        # The steps alone, those before a kill included; checkpoints and restarts are not training.
+        self.phases.seconds["train"] = sum(outcome.step_seconds)
         about = {
             "train_key": self.row["train_key"],
             "seconds": dict(self.phases.seconds),

@@ -36,7 +36,8 @@ def base_key(spec: dict[str, Any]) -> str:
         parts += [sources.world_key(source["world"], base=True), spec.get("gate")]
     if "path" in source:
         parts.append(_folder_key(real_data(source["path"])))
-    for path in source.get("llama2c", {}).values():
+    local = {} if "hub" in source else source.get("llama2c", {})
+    for path in local.values():
         parts.append(key_of_files(real_data(path)))
     return key_of(*parts, length=12)
 
@@ -89,12 +90,15 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
             training.get("max_length"),
             versions.TRAIN,
         ]
+        # Rows of others that stand on both sides leave the training side, so that its content
+        # depends on how many items are held out; generated rows never do.
+        counted = sizes if task.source["reader"] != "world" else training.get("examples")
         entries[name] = {
             "role": role,
             "sizes": sizes,
             "max_length": training.get("max_length"),
             "data_key": key_of(*data, sizes, task.image, length=12),
-            "train_key": key_of(*data, training.get("examples"), length=12),
+            "train_key": key_of(*data, counted, length=12),
             "eval_key": key_of(
                 data[:2], count, task.digest, versions.EVALUATION, limits["batch_size"], length=12
             ),

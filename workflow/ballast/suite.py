@@ -184,7 +184,8 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
     where = f"bases.{base}"
     source = spec["source"]
     kinds = [kind for kind in ("world", "hub", "llama2c") if kind in source]
-    if len(kinds) != 1 and not ("path" in source and not kinds):
+    fetched = kinds == ["hub", "llama2c"]  # files of that format in a repository of the hub
+    if len(kinds) != 1 and not fetched and not ("path" in source and not kinds):
         raise SuiteError(
             f"{where}.source: exactly one of world, hub or llama2c is needed (or a path alone); "
             f"got {', '.join(kinds) or 'none'}"

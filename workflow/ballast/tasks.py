@@ -67,7 +67,12 @@ class Task:
 
 def read_task(path: Path) -> Task:
     """Read one task file. Raises SuiteError if it does not declare metric, unit and source."""
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SuiteError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or not {"task", "output_type"} <= set(config):
+        raise SuiteError(f"{path.name}: a task file with the keys task and output_type is expected")
     metadata = config.get("metadata") or {}
     for key in ("metric", "unit", "direction", "source", "title"):
         if key not in metadata:

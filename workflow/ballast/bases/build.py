@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -63,10 +64,28 @@ def _fill(source: dict[str, Any], folder: Path, report: Report) -> None:
     elif "llama2c" in source:
         from ballast.bases import llama2c
 
+        fetch = functools.partial(_fetch, source) if "hub" in source else real_data
         files = source["llama2c"]
-        llama2c.convert(real_data(files["model"]), real_data(files["tokenizer"]), folder)
+        llama2c.convert(fetch(files["model"]), fetch(files["tokenizer"]), folder)
     else:
         _download(source, folder, report)
+
+
+def _fetch(source: dict[str, Any], name: str) -> Path:
+    """One file of a repository of the hub, at its revision."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source["hub"], name, revision=source.get("revision")))
+    except Exception as error:  # as in _download
+        raise _unreachable(f"{source['hub']}/{name}", error) from None
+
+
+def _unreachable(what: str, error: Exception) -> DataError:
+    return DataError(
+        f"{what}: cannot be downloaded ({type(error).__name__}: {error}); without the hub, give the "
+        "base a `path:` to a local transformers folder"
+    )
 
 
 def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
@@ -82,8 +101,5 @@ def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         )
     except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
-        raise DataError(
-            f"{source['hub']}: cannot be downloaded ({type(error).__name__}: {error}); without the "
-            "hub, give the base a `path:` to a local transformers folder"
-        ) from None
+        raise _unreachable(source["hub"], error) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
