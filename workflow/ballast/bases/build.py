@@ -83,8 +83,8 @@ def _fetch(source: dict[str, Any], name: str) -> Path:
 
 def _unreachable(what: str, error: Exception) -> DataError:
     return DataError(
-        f"{what}: cannot be downloaded ({type(error).__name__}: {error}); without the hub, give the "
-        "base a `path:` to a local transformers folder"
+        f"{what}: cannot be downloaded ({type(error).__name__}: {error}); without the hub, give "
+        "the base a `path:` to a local transformers folder"
     )
 
 
