@@ -109,16 +109,17 @@ ACTION_WORDS = {
 def _scan(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     """SCAN: commands to action sequences; test items stratified by the length of the actions.
 
-    Actions are written as words, one for one: where embeddings and head are frozen, a model can
-    only answer in tokens that it knows, and to one of stories the `_` of I_TURN_LEFT is a byte
-    that it never saw.
+    With `actions: words` they are written as words, one for one: where embeddings and head are
+    frozen, a model can only answer in tokens that it knows, and to one of stories the `_` of
+    I_TURN_LEFT is a byte that it never saw.
     """
     path = real_data(source["test" if split == "test" else "train"])
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         command, _, actions = line.removeprefix("IN: ").partition(" OUT: ")
-        words = [ACTION_WORDS[action] for action in actions.split()]
-        found.append({"question": command, "response": " ".join(words)})
+        if source["actions"] == "words":
+            actions = " ".join(ACTION_WORDS[action] for action in actions.split())
+        found.append({"question": command, "response": actions})
     if split == "test":
         return _stratified(found, count, lambda row: len(row["response"].split()))
     return _split_tail(found, split, seed=0)[:count]
