@@ -144,17 +144,16 @@ def _table(
     """A split as a table: training rows tokenised, evaluation rows rendered."""
     if task.rolling:
         return datasets.Dataset.from_list([{"text": row["text"]} for row in rows]), 0
-    end = template.tokenizer.eos_token_id
     records, lost = [], 0
     for row, image in zip(rows, images, strict=True):
         prompt = template.prompt(row["question"], task.image)
-        head, tail = template.encode(prompt, row["response"])
-        if max_length and len(head) + len(tail) + 1 > max_length:
+        tokens, start = template.example(prompt, row["response"])
+        if max_length and len(tokens) > max_length:
             lost += 1
             continue
         record: dict[str, Any] = {"image": image}
         if split == "train":
-            record |= {"input_ids": [*head, *tail, end], "prompt_length": len(head)}
+            record |= {"input_ids": tokens, "prompt_length": start}
         else:
             record |= {k: row[k] for k in ("question", "response") if k in row}
             record["prompt"] = prompt

@@ -67,13 +67,18 @@ class _Base:
     tasks: dict[str, dict[str, Any]]  # by task: role, count and keys
 
 
+def _end(spec: dict[str, Any]) -> dict[str, str]:
+    """The base's own end of a response, where it names one."""
+    return {"end": spec["end"]} if "end" in spec else {}
+
+
 def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Roles, item counts and keys of every task that a base is scored or trained on."""
     limits = suite.config["evaluation"]
     roles = [(name, "upstream") for name in spec["upstream"]]
     roles += [(name, "probe") for name in spec.get("probes", [])]
     roles += [(name, "target") for name in suite.targets(base)]
-    template = [spec.get("template", "chat"), spec.get("delimiter")]
+    template = [spec.get("template", "chat"), spec.get("delimiter"), *_end(spec).values()]
     entries = {}
     for name, role in roles:
         task = suite.tasks[name]
@@ -198,6 +203,7 @@ def _spec(
         "gate": base.spec.get("gate"),
         "template": base.spec.get("template", "chat"),
         "delimiter": base.spec.get("delimiter"),
+        **_end(base.spec),
         "base_key": base.key,
         "tasks": {
             name: entry

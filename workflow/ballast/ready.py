@@ -35,7 +35,7 @@ def spec_of_base(plan: pd.DataFrame, name: str) -> dict[str, Any]:
     first = specs[0]
     return {
         "name": name,
-        "spec": {key: first[key] for key in ("source", "template", "delimiter", "gate")},
+        "spec": {key: first.get(key) for key in ("source", "template", "delimiter", "end", "gate")},
         "key": first["base_key"],
         "entries": entries,
         "batch_size": first["evaluation"]["batch_size"],

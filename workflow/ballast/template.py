@@ -17,12 +17,14 @@ class Template:
 
     tokenizer: transformers tokenizer, or the processor's; text: "chat" for its own chat template,
     or a text with {question}; delimiter: what stands between prompt and response, and belongs to
-    the response; image_tokens: placeholders per image.
+    the response; end: text that ends a response in training, where the base has no end token that
+    it knows; image_tokens: placeholders per image.
     """
 
     tokenizer: Any
     text: str
     delimiter: str
+    end: str | None = None
     image_token: str = IMAGE
     image_tokens: int = 0
 
@@ -60,6 +62,12 @@ class Template:
         head = self.tokenizer.encode(prompt.rstrip(), add_special_tokens=special)
         return parted(whole, len(head))
 
+    def example(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """Token ids of a training example with its end, and how many of them are the prompt."""
+        head, tail = self.encode(prompt, response + (self.end or ""))
+        last = [] if self.end else [self.tokenizer.eos_token_id]
+        return [*head, *tail, *last], len(head)
+
     def digest(self) -> str:
         """Hash of the rendered template on a fixed question: provenance of what was asked."""
         shown = self.prompt("QUESTION", bool(self.image_tokens)) + self.delimiter + "RESPONSE"
@@ -88,4 +96,5 @@ def template_for(tokenizer: Any, spec: dict[str, Any], image_tokens: int = 0) ->
         )
     delimiter = spec.get("delimiter")
     token = getattr(tokenizer, "image_token", None) or IMAGE
-    return Template(tokenizer, text, " " if delimiter is None else delimiter, token, image_tokens)
+    delimiter = " " if delimiter is None else delimiter
+    return Template(tokenizer, text, delimiter, spec.get("end"), token, image_tokens)
