@@ -117,7 +117,7 @@ def _scan(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         command, _, actions = line.removeprefix("IN: ").partition(" OUT: ")
-        if source["actions"] == "words":
+        if source.get("actions") == "words":
             actions = " ".join(ACTION_WORDS[action] for action in actions.split())
         found.append({"question": command, "response": actions})
     if split == "test":

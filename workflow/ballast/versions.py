@@ -3,6 +3,6 @@
 A golden-number test fails when training or evaluation gives other numbers under the same version.
 """
 
-TRAIN = 1  # training loop, adapters' common layers, data order, tokenisation of examples
+TRAIN = 1  # training loop, adapters' common layers, data order, reading and tokenisation of data
 EVALUATION = 1  # how tasks are scored
 RECORD = 1  # the format of run.json
