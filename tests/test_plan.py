@@ -75,21 +75,22 @@ def edit(path: Path) -> None:
 def test_one_row_per_method_rank_variant_and_seed(home):
     methods = {
         "full_st": {"variants": {"tuned": {"connector": "tuned"}}},
-        "lora": {"ranks": [2, 4]},
+        "lora": {"ranks": [2, 4], "variants": {"dropped": {"set": {"dropout": 0.1}}}},
         "dora": {},
-        "wise_ft": {"parents": ["full_st", "lora-r4", "full_st+tuned"]},
+        "wise_ft": {"parents": ["full_st", "lora-r4+dropped", "full_st+tuned"]},
     }
     plan = plan_of(home, methods=methods, seeds=[0, 1])
-    rows = [
+    rows = [  # the base is a text model: no connector, no cells of that variant
         "dora-r2",
         "full_st",
-        "full_st+tuned",
         "lora-r2",
+        "lora-r2+dropped",
         "lora-r4",
+        "lora-r4+dropped",
         "wise_ft+of-full_st",
-        "wise_ft+of-full_st+tuned",
-        "wise_ft+of-lora-r4",
+        "wise_ft+of-lora-r4+dropped",
     ]
+    assert plan.attrs["left_out"] == ["full_st+tuned on tiny"]
     assert labels(plan) == sorted(f"tiny.tiny_learn.{r}.s{s}" for r in rows for s in (0, 1))
 
 

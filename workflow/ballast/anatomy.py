@@ -11,6 +11,17 @@ from ballast.errors import BallastError
 
 CONNECTORS = ("multi_modal_projector", "connector", "merger", "embed_vision")
 TOWERS = ("vision_tower", "visual", "vision_model")
+# What the linears of a layer are called by the architectures; the longest suffix that fits counts.
+ROLES = {
+    "q": ("q_proj", "query", "query_proj"),
+    "k": ("k_proj", "key", "key_proj"),
+    "v": ("v_proj", "value", "value_proj"),
+    "o": ("o_proj", "attention.output.dense"),
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "intermediate.dense"),
+    "down": ("down_proj", "output.dense"),
+}
+_ROLE = {suffix: role for role, suffixes in ROLES.items() for suffix in suffixes}
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,22 @@ class Anatomy:
     embeddings: str
     connector: str | None
     tower: str | None
+
+    @property
+    def kind(self) -> str:
+        """text or vision-language, as in `declare.KINDS`."""
+        return "text" if self.tower is None else "vision-language"
+
+    def role(self, name: str) -> str | None:
+        """What a linear of a layer is: q, k, v, o, gate, up or down; None for any other module."""
+        if not name.startswith(f"{self.layers}."):
+            return None
+        parts = name.split(".")
+        for count in (3, 2, 1):
+            role = _ROLE.get(".".join(parts[-count:]))
+            if role is not None:
+                return role
+        return None
 
     def layer_names(self, model: nn.Module) -> list[str]:
         """Names of the decoder layers, from the input to the output."""

@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,10 @@ class _Work:
             "resumed_from": outcome.resumed_from,
             "trainable_parameters": self.tuner.trained_count(),
             "scale": _scale(self.tuner.ctx),
-            "report": {name: float(value) for name, value in self.tuner.report().items()},
+            "report": {
+                name: float(value)
+                for name, value in (self.tuner.ctx.resolved | self.tuner.report()).items()
+            },
             "curve": {
                 "steps": len(outcome.losses),
                 "first_loss": outcome.losses[0],
@@ -152,14 +156,22 @@ class _Work:
         with self.phases.phase("load"):
             self._load()
         method = load_method(self.layout.methods / f"{self.spec['method']}.py")
+        changed = {key for weights, _ in parents for key in weights}
+        state = self.base.model.state_dict()
         context = PostHoc(
-            base=dict(self.base.model.state_dict()),
-            tuned=parents,
+            # Copies of what `load` may write over; the rest is the model's own.
+            base={k: v.cpu().clone() if k in changed else v.cpu() for k, v in state.items()},
+            tuned=[weights for weights, _ in parents],
             hyper=_hyper(method, self.spec),
             generator=_generator(self.spec["seed"]),
+            own=[target for _, target in parents].index(self.spec["target"]),
+            model=self.base.model,
+            anatomy=self.base.anatomy,
+            examples=lambda parent, count: self._examples_of(parents[parent][1], count),
         )
         with self.phases.phase("attach"):
             weights = method.post_hoc(context)
+            context.load(None)
         tensors = {WEIGHT + name: value for name, value in weights.items()}
         about = {
             "train_key": self.row["train_key"],
@@ -254,11 +266,25 @@ class _Work:
             use_stored_features(self.base)
 
     def _examples(self) -> Any:
+        """Training examples of the cell's target, of all its tasks if it is a mixture."""
+        from ballast.training import joined
+
+        tasks = self.spec.get("mixture", [self.spec["target"]])
+        return joined([self._examples_of_task(task) for task in tasks])
+
+    def _examples_of(self, target: str, count: int) -> Iterator[dict[str, Any]]:
+        """Single training examples of another target, as a post-hoc method measures on them."""
+        from ballast.training import single_examples
+
+        yield from single_examples(
+            self._examples_of_task(target), count, self.spec["seed"], self.base.model.device
+        )
+
+    def _examples_of_task(self, task: str) -> Any:
         from ballast.data import load_split
         from ballast.training import Examples
 
-        folder = Path(self.ready["tasks"][self.spec["target"]]["folder"])
-        table, features = load_split(folder, "train")
+        table, features = load_split(Path(self.ready["tasks"][task]["folder"]), "train")
         columns = table.with_format("numpy")[:]
         return Examples(
             input_ids=list(columns["input_ids"]),
@@ -266,6 +292,7 @@ class _Work:
             pad=self.base.tokenizer.pad_token_id,
             images=columns["image"].tolist() if features is not None else None,
             features=features.to(self.base.model.dtype) if features is not None else None,
+            tasks=[task] * len(table),
         )
 
     def _put(self, tensors: dict[str, Any]) -> None:
@@ -276,8 +303,8 @@ class _Work:
         for name, value in tensors.items():
             state[name.removeprefix(WEIGHT)].copy_(value)
 
-    def _parent(self, name: str) -> dict[str, Any]:
-        """Merged weights of a finished parent that differ from the base's."""
+    def _parent(self, name: str) -> tuple[dict[str, Any], str]:
+        """Merged weights of a finished parent that differ from the base's, and its target."""
         from ballast.tensorfile import read_tensors
 
         folder = self.layout.cell(self.spec["suite"], name)
@@ -286,14 +313,18 @@ class _Work:
             raise BallastError(f"parent {name} failed: {record['failure']['reason']}")
         tensors, about = read_tensors(folder / ADAPTER, record["files"][ADAPTER])
         spec = json.loads(about["spec"])
-        return merged_weights(Path(self.ready["model"]), spec, self.layout, tensors)
+        weights = merged_weights(Path(self.ready["model"]), spec, self.layout, tensors)
+        return weights, spec["target"]
 
 
 def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
     """The method of a spec at work on a loaded base."""
     from ballast.anatomy import targets_of
+    from ballast.budget import resolve
     from ballast.context import Context
+    from ballast.declare import read_method
     from ballast.decompositions import Decompositions
+    from ballast.template import template_for
     from ballast.tuner import Tuner, load_method
 
     method = load_method(layout.methods / f"{spec['method']}.py")
@@ -308,7 +339,12 @@ def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
         total_steps=spec["training"]["steps"],
         learning_rate=spec["learning_rate"],
         connector=spec["connector"],
+        tasks=tuple(spec.get("mixture", [spec["target"]])),
+        response_marker=template_for(base.tokenizer, spec).marker(),
     )
+    if "budget" in spec:
+        declaration = read_method(layout.methods / f"{spec['method']}.py").declaration
+        context.resolved = resolve(spec["budget"], method, declaration, context)
     return Tuner(method, context)
 
 

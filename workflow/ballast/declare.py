@@ -19,6 +19,7 @@ from ballast.files import key_of, sha256_file
 
 Family = Literal["selective", "additive", "reparameterization", "post-hoc"]
 FAMILIES: tuple[str, ...] = ("selective", "additive", "reparameterization", "post-hoc")
+KINDS: tuple[str, ...] = ("text", "vision-language", "encoder")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Declaration:
     learning_rate: the paper's; None for methods that do not train.
     learning_rate_source: where that rate stands.
     parents: selectors of the cells that a post-hoc method works on when the suite names none.
+    several_targets: a post-hoc method that takes the parent's cells of all targets of the base.
+    applies_to: kinds of base, of `KINDS`, where the method makes sense.
+    alternates: other parameters train from step to step, so that a step leaves some without gradient.
+    size: for a method without a rank, the integer hyper-parameter that sets how much it trains.
     """
 
     title: str
@@ -46,14 +51,23 @@ class Declaration:
     learning_rate: float | None = None
     learning_rate_source: str = ""
     parents: tuple[str, ...] = ()
+    several_targets: bool = False
+    applies_to: tuple[str, ...] = KINDS
+    alternates: bool = False
+    size: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise MethodError(f"family {self.family!r}; allowed: {', '.join(FAMILIES)}")
         if self.trains and not (self.learning_rate and self.learning_rate > 0):
             raise MethodError(f"learning_rate {self.learning_rate!r}; a number above 0 is needed")
-        if self.trains and self.parents:
-            raise MethodError("parents are for post-hoc methods only")
+        if self.trains and (self.parents or self.several_targets):
+            raise MethodError("parents and several_targets are for post-hoc methods only")
+        for kind in self.applies_to:
+            if kind not in KINDS:
+                raise MethodError(f"applies_to {kind!r}; allowed: {', '.join(KINDS)}")
+        if self.rank and self.size:
+            raise MethodError(f"size {self.size!r}: a method with a rank has its size by that")
 
     @property
     def trains(self) -> bool:
@@ -78,13 +92,17 @@ def hyper(
 
 @dataclass(frozen=True)
 class MethodFile:
-    """A method as found on disk: name, declaration, hyper-parameters' dataclass, content hash."""
+    """A method as found on disk: name, declaration, hyper-parameters' dataclass, content hash.
+
+    defines: names of the functions that the file has at its top level, imported ones included.
+    """
 
     name: str
     path: Path
     declaration: Declaration
     hyper: type
     digest: str
+    defines: frozenset[str] = frozenset()
 
     def settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
         """Every hyper-parameter with its value after `overrides`, checked.
@@ -98,7 +116,10 @@ class MethodFile:
 
                 raise MethodError(unknown(f"hyper-parameter of {self.name}", key, fields))
             _check(self.name, fields[key], value)
-        return dataclasses.asdict(self.hyper(**overrides))
+        try:
+            return dataclasses.asdict(self.hyper(**overrides))
+        except (ValueError, TypeError) as error:
+            raise MethodError(f"{self.name}: {error}") from None
 
 
 def _check(method: str, item: dataclasses.Field, value: Any) -> None:
@@ -210,8 +231,16 @@ def read_method(path: Path) -> MethodFile:
         settings = dataclasses.make_dataclass("Hyper", [], frozen=True)
     if not dataclasses.is_dataclass(settings):
         raise MethodError(f"{path.name}: `Hyper` is not a dataclass")
+    if declaration.size and declaration.size not in {f.name for f in dataclasses.fields(settings)}:
+        raise MethodError(f"{path.name}: size {declaration.size!r} is no field of its Hyper")
     digest = key_of([[file.name, sha256_file(file)] for file in method_imports(path)])
-    return MethodFile(path.stem, path, declaration, settings, digest)
+    return MethodFile(path.stem, path, declaration, settings, digest, _functions(_parse(path)))
+
+
+def _functions(tree: ast.Module) -> frozenset[str]:
+    """Functions at the top level of a file, defined or imported from another method's."""
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return frozenset(own | set(_imports(tree)))
 
 
 def discover(folder: Path) -> dict[str, MethodFile]:

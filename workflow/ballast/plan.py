@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ballast import sources, versions
+from ballast import budget, sources, versions
 from ballast.declare import MethodFile
 from ballast.errors import DataError, SuiteError, unknown
 from ballast.files import key_of, key_of_files, replacing
 from ballast.layout import Layout, real_data
 from ballast.rates import chosen_rates
-from ballast.suite import Suite
+from ballast.suite import Suite, applies, single_targets
 from ballast.tasks import read_tasks
 
 COLUMNS = (
@@ -23,8 +24,10 @@ COLUMNS = (
     "base_key", "data_key", "train_key", "eval_key", "spec",
 )  # fmt: skip
 
+VISION = "vision-language"
+
 # What a plan is made by, and where the sources of tasks and bases name files.
-PLANNERS = ("declare", "plan", "rates", "sources", "suite", "tasks", "tune", "versions")
+PLANNERS = ("budget", "declare", "plan", "rates", "sources", "suite", "tasks", "tune", "versions")
 FILES = ("path", "train", "test", "images", "model", "tokenizer")
 
 
@@ -77,7 +80,12 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
     limits = suite.config["evaluation"]
     roles = [(name, "upstream") for name in spec["upstream"]]
     roles += [(name, "probe") for name in spec.get("probes", [])]
-    roles += [(name, "target") for name in suite.targets(base)]
+    trainings = {
+        name: training
+        for target, training in suite.targets(base).items()
+        for name in suite.target_tasks(base, target)
+    }
+    roles += [(name, "target") for name in trainings]
     template = [spec.get("template", "chat"), spec.get("delimiter"), *_end(spec).values()]
     entries = {}
     for name, role in roles:
@@ -85,7 +93,7 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
         count = limits["downstream" if role == "target" else "upstream"]
         if task.image and task.generates:
             count = min(count, limits["generation"])
-        training = suite.targets(base).get(name, {})
+        training = trainings.get(name, {})
         sizes = {"test": count}
         if role == "target":
             sizes |= {"train": training["examples"], "validation": limits["validation"]}
@@ -123,15 +131,33 @@ def make_plan(suite: Suite) -> pd.DataFrame:
             base = _Base(name, spec, base_key(spec), _task_entries(suite, name, spec))
         except DataError as error:
             raise SuiteError(f"bases.{name}: {error}") from None
-        for target in suite.targets(name):
-            block = _trained(suite, base, target, rates)
-            rows += block + _posthoc(suite, base, target, block)
+        trained = {t: _trained(suite, base, t, rates) for t in suite.targets(name)}
+        for target, block in trained.items():
+            rows += block + _posthoc(suite, base, target, trained)
     plan = pd.DataFrame(rows, columns=list(COLUMNS))
     plan["rank"] = plan["rank"].astype("Int64")
+    plan.attrs["left_out"] = left_out(suite)
     if not plan["id"].is_unique:
         twice = plan.loc[plan["id"].duplicated(), "id"].iloc[0]
         raise SuiteError(f"two cells are the same: {twice}; are two variants equal?")
     return plan
+
+
+def left_out(suite: Suite) -> list[str]:
+    """Methods and variants of the suite that have no cells on a base, as "method on base"."""
+    found = []
+    for base in suite.config["bases"]:
+        for name, chosen in suite.chosen().items():
+            method = suite.methods[name]
+            if not applies(suite, method, base):
+                found.append(f"{name} on {base}")
+            elif suite.kind(base) != VISION:
+                found += [
+                    f"{name}{'+' if variant else ''}{variant} on {base}"
+                    for variant, item in _variants(method, chosen)
+                    if item.get("connector", "frozen") != "frozen"
+                ]
+    return found
 
 
 def _variants(method: MethodFile, spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -150,11 +176,14 @@ def _trained(
     rows = []
     for name, chosen in suite.chosen().items():
         method = suite.methods[name]
-        if not method.declaration.trains:
+        if not method.declaration.trains or not applies(suite, method, base.name):
             continue
-        ranks = chosen.get("ranks", suite.config["ranks"]) if method.declaration.rank else [None]
-        for variant, item in _variants(method, chosen):
-            for rank in ranks:
+        sizes = _sizes(suite, method, chosen)
+        for plain, item in _variants(method, chosen):
+            if item.get("connector", "frozen") != "frozen" and suite.kind(base.name) != VISION:
+                continue
+            for rank, asked in sizes:
+                variant = "-".join(part for part in (plain, asked and budget.label(asked)) if part)
                 where = (base.name, target, name, variant, rank)
                 rate, origin = item.get("learning_rate"), "suite"
                 if rate is None:
@@ -163,11 +192,31 @@ def _trained(
                     rate, origin = suite.config["tuning"]["start"].get(name), "suite's start"
                 if rate is None:
                     rate, origin = method.declaration.learning_rate, "method's default"
-                for seed in suite.config["seeds"]:
+                for seed in suite.seeds(base.name):
                     spec = _spec(suite, base, target, method, variant, rank, seed, item)
                     spec |= {"learning_rate": rate, "learning_rate_source": origin}
+                    if asked:
+                        spec["budget"] = asked
                     rows.append(_row(suite, base, target, method, spec, []))
     return rows
+
+
+def _sizes(
+    suite: Suite, method: MethodFile, chosen: dict[str, Any]
+) -> list[tuple[int | None, str | int | None]]:
+    """(rank, budget) of a method's cells; one of the two is None, both where it has no size."""
+    own = "ranks" in chosen or "budgets" in chosen
+    ranks = chosen.get("ranks", [] if own else suite.config["ranks"])
+    budgets = chosen.get("budgets", [] if own else suite.config["budgets"])
+    declaration = method.declaration
+    found: list[tuple[int | None, str | int | None]] = []
+    if declaration.rank:
+        found += [(rank, None) for rank in ranks]
+    elif ranks or not (budgets and declaration.size):
+        found.append((None, None))
+    if declaration.rank or declaration.size:
+        found += [(None, text) for text in budgets]
+    return found
 
 
 def _spec(
@@ -182,6 +231,7 @@ def _spec(
 ) -> dict[str, Any]:
     """The frozen spec of a cell: everything that a person chose and that affects its numbers."""
     declaration = method.declaration
+    members = suite.target_tasks(base.name, target)
     return {
         "suite": suite.name,
         "base": base.name,
@@ -205,10 +255,11 @@ def _spec(
         "delimiter": base.spec.get("delimiter"),
         **_end(base.spec),
         "base_key": base.key,
+        **({"mixture": members} if members != [target] else {}),
         "tasks": {
             name: entry
             for name, entry in base.tasks.items()
-            if entry["role"] != "target" or name == target
+            if entry["role"] != "target" or name in members
         },
     }
 
@@ -235,11 +286,12 @@ def _row(
     label = spec["method"] + (f"-r{spec['rank']}" if spec["rank"] else "")
     label += f"+{spec['variant']}" if spec["variant"] else ""
     slug = ".".join([spec["base"], target, label, f"s{spec['seed']}"])
+    data = [base.tasks[name]["train_key"] for name in suite.target_tasks(base.name, target)]
     train_key = key_of(
         settings,
         method.digest,
         versions.TRAIN,
-        base.tasks[target]["train_key"],
+        *data,
         [parent["train_key"] for parent in parents],
     )
     scored = {name: entry["eval_key"] for name, entry in spec["tasks"].items()}
@@ -268,28 +320,49 @@ def parent_label(row: dict[str, Any]) -> str:
 
 
 def _posthoc(
-    suite: Suite, base: _Base, target: str, trained: list[dict[str, Any]]
+    suite: Suite, base: _Base, target: str, trained: dict[str, list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
+    """Cells of a target that edit finished parents: its own, or those of all single targets."""
     rows = []
-    known = {(parent_label(row), row["seed"]): row for row in trained}
+    known = {
+        (row["target"], parent_label(row), row["seed"]): row
+        for block in trained.values()
+        for row in block
+    }
     for name, chosen in suite.chosen().items():
         method = suite.methods[name]
-        if method.declaration.trains:
+        if method.declaration.trains or not applies(suite, method, base.name):
             continue
+        targets = [target]
+        if method.declaration.several_targets:
+            targets = single_targets(suite, base.name)
+            if target not in targets:
+                continue
         for parent in chosen.get("parents", method.declaration.parents):
             for variant, item in _variants(method, chosen):
-                for seed in suite.config["seeds"]:
-                    source = known.get((parent, seed))
-                    if source is None:
-                        labels = {label for label, _ in known}
+                for seed in suite.seeds(base.name):
+                    sources = [known.get((other, parent, seed)) for other in targets]
+                    if None in sources:
+                        if _left_out(suite, base.name, parent):
+                            continue
+                        labels = {label for _, label, _ in known}
                         raise SuiteError(
                             f"methods.{name}.parents: "
                             f"{unknown('trained cell of this suite', parent, labels)}"
                         )
                     title = "-".join(part for part in ("of", parent, variant) if part)
                     spec = _spec(suite, base, target, method, title, None, seed, item)
-                    rows.append(_row(suite, base, target, method, spec, [source]))
+                    rows.append(_row(suite, base, target, method, spec, sources))
     return rows
+
+
+def _left_out(suite: Suite, base: str, parent: str) -> bool:
+    """Whether a parent is a cell that this base does not have but another one may."""
+    name, variant = re.fullmatch(r"(.+?)(?:-r\d+)?(?:\+(.+))?", parent).groups(default="")
+    absent = {
+        entry.rpartition(" on ")[0] for entry in left_out(suite) if entry.endswith(f" {base}")
+    }
+    return bool({name, f"{name}+{variant}"} & absent)
 
 
 def plan_key(config: dict[str, Any], layout: Layout, folder: Path) -> str:

@@ -64,6 +64,9 @@ def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> 
         seconds, measured = forecast_seconds(due, records)
         basis = "from finished cells" if measured else "a rough guess before the first cell"
         parts.append(f"{len(due)} to do, about {_duration(seconds / max(1, cores))} ({basis})")
+    left = plan.attrs.get("left_out", [])
+    if left:
+        parts.append(f"left out, as not made for the base: {', '.join(left)}")
     return "; ".join(parts)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from ballast.budget import parse_budget
 from ballast.declare import MethodFile, discover
 from ballast.errors import MethodError, SuiteError, unknown
 from ballast.layout import Layout
@@ -60,17 +61,44 @@ class Suite:
     def targets(self, base: str) -> dict[str, dict[str, Any]]:
         """The base's targets with their training settings, complete."""
         spec = self.config["bases"][base]
-        targets = spec["targets"]
-        named = targets if isinstance(targets, dict) else {name: {} for name in targets}
         common = TRAINING | self.config["training"] | spec.get("training", {})
-        return {name: common | own for name, own in named.items()}
+        return {
+            name: common | {key: value for key, value in own.items() if key != "tasks"}
+            for name, own in _named(spec["targets"]).items()
+        }
+
+    def target_tasks(self, base: str, target: str) -> list[str]:
+        """The tasks of a target: those of a mixture, or the one of the target's own name."""
+        own = _named(self.config["bases"][base]["targets"])[target]
+        return own.get("tasks", [target])
+
+    def seeds(self, base: str) -> list[int]:
+        """Seeds of a base's cells: its own, or the suite's."""
+        return self.config["bases"][base].get("seeds", self.config["seeds"])
+
+    def kind(self, base: str) -> str:
+        """Which of `declare.KINDS` a base is, by the tasks that it is given."""
+        spec = self.config["bases"][base]
+        names = [*spec["upstream"], *spec.get("probes", [])]
+        names += [task for target in self.targets(base) for task in self.target_tasks(base, target)]
+        tasks = [self.tasks[name] for name in names]
+        if any(task.encoder for task in tasks):
+            return "encoder"
+        return "vision-language" if any(task.image for task in tasks) else "text"
 
     def chosen(self) -> dict[str, dict[str, Any]]:
         """The methods that the suite runs, with their ranks, variants and settings as written."""
         methods = self.config["methods"]
         if methods == "all":
             return {name: {} for name in self.methods}
-        return methods if isinstance(methods, dict) else {name: {} for name in methods}
+        return _named(methods)
+
+
+def _named(items: Any) -> dict[str, Any]:
+    """A list of names as a mapping; a mapping as it is, blanks filled."""
+    if isinstance(items, dict):
+        return {name: own or {} for name, own in items.items()}
+    return {name: {} for name in items}
 
 
 def _where(error: jsonschema.ValidationError) -> str:
@@ -141,7 +169,8 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
     config["evaluation"] = EVALUATION | config.get("evaluation", {})
     config["limits"] = LIMITS | config.get("limits", {})
     config["tuning"] = TUNING | config.get("tuning", {})
-    config.setdefault("ranks", [8])
+    config.setdefault("ranks", [] if "budgets" in config else [8])
+    config.setdefault("budgets", [])
     config.setdefault("modules", "all")
     suite = Suite(
         config["suite"],
@@ -150,6 +179,8 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
         read_tasks(layout.tasks),
         folder or layout.root / "config",
     )
+    for text in config["budgets"]:
+        parse_budget(text)
     for base, spec in config["bases"].items():
         _check_base(suite, base, spec)
     for name, spec in suite.chosen().items():
@@ -195,12 +226,9 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
         raise SuiteError(
             f"{where}.template: {template!r}; allowed: chat, or a text that contains {{question}}"
         )
-    targets, upstream = list(suite.targets(base)), spec["upstream"]
-    for key, names in (
-        ("upstream", upstream),
-        ("targets", targets),
-        ("probes", spec.get("probes", [])),
-    ):
+    upstream = spec["upstream"]
+    targets = _check_targets(suite, base)
+    for key, names in (("upstream", upstream), ("probes", spec.get("probes", []))):
         for name in names:
             if name not in suite.tasks:
                 raise SuiteError(f"{where}.{key}: {unknown('task', name, suite.tasks)}")
@@ -219,6 +247,25 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
             raise SuiteError(f"{where}.targets: {name} is not measured in points")
 
 
+def _check_targets(suite: Suite, base: str) -> list[str]:
+    """The tasks of a base's targets; a mixture has a name and shared settings of its own."""
+    where, tasks = f"bases.{base}.targets", {}
+    for target, training in suite.targets(base).items():
+        names = suite.target_tasks(base, target)
+        if names != [target] and target in suite.tasks:
+            raise SuiteError(f"{where}.{target}: a mixture needs a name that no task has")
+        for name in names:
+            if name not in suite.tasks:
+                raise SuiteError(f"{where}: {unknown('task', name, suite.tasks)}")
+            data = (training["examples"], training["max_length"])
+            if tasks.setdefault(name, (target, *data))[1:] != data:
+                raise SuiteError(
+                    f"{where}.{target}: {name} stands in {tasks[name][0]} too, there with other "
+                    "examples or max_length; a task's data are the same in every target"
+                )
+    return list(tasks)
+
+
 def _asks(template: str) -> bool:
     """Whether a template places the question, and nothing that it would not be given."""
     try:
@@ -232,12 +279,26 @@ def _check_tuning(suite: Suite) -> None:
     for name in tuning["start"]:
         if name not in suite.methods:
             raise SuiteError(f"tuning.start: {unknown('method', name, suite.methods)}")
-    both = sorted(set(tuning["seeds"]) & set(suite.config["seeds"]))
+    used = {seed for base in suite.config["bases"] for seed in suite.seeds(base)}
+    both = sorted(set(tuning["seeds"]) & used)
     if both:
         raise SuiteError(
             f"tuning.seeds: {both[0]} is also a seed of the results; "
             "rates are found with seeds of their own"
         )
+
+
+def single_targets(suite: Suite, base: str) -> list[str]:
+    """The base's targets that are no mixtures."""
+    return [t for t in suite.targets(base) if suite.target_tasks(base, t) == [t]]
+
+
+def applies(suite: Suite, method: MethodFile, base: str) -> bool:
+    """Whether a method can have cells on a base."""
+    declaration = method.declaration
+    if declaration.several_targets and len(single_targets(suite, base)) < 2:
+        return False
+    return suite.kind(base) in declaration.applies_to
 
 
 def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:
@@ -248,12 +309,28 @@ def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:
     declaration = method.declaration
     if "ranks" in spec and declaration.rank is None:
         raise SuiteError(f"{where}.ranks: {spec['ranks']}; {name} has no rank")
+    if "budgets" in spec and not (declaration.rank or declaration.size):
+        raise SuiteError(
+            f"{where}.budgets: {name} has neither a rank nor a size to fit to a budget"
+        )
+    fitting = [base for base in suite.config["bases"] if applies(suite, method, base)]
+    if not fitting and suite.config["methods"] != "all":
+        raise SuiteError(
+            f"methods.{name}: no base of the suite fits; it is for "
+            + (
+                "bases of two targets or more that are no mixtures"
+                if declaration.several_targets
+                else f"{' and '.join(declaration.applies_to)} bases"
+            )
+        )
     if not declaration.trains:
         for key in ("connector", "learning_rate"):
             if key in spec:
                 raise SuiteError(f"{where}.{key}: {name} is post-hoc and does not train")
     elif "parents" in spec:
         raise SuiteError(f"{where}.parents: {name} is not a post-hoc method")
+    for text in spec.get("budgets", []):
+        parse_budget(text)
     settings = [(where, spec)]
     settings += [(f"{where}.variants.{k}", v) for k, v in spec.get("variants", {}).items()]
     for key, item in settings:

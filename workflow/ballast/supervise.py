@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any
 
 import psutil
@@ -204,6 +205,9 @@ def _summary(record: dict[str, Any]) -> str:
     if record["status"] == "failed":
         return f"{record['id']}: {record['failure']['kind']}: {record['failure']['reason']}"
     target = record["identity"]["target"]
-    value, before = record["scores"][target]["value"], record["base_scores"][target]["value"]
+    tasks = [name for name, task in record["tasks"].items() if task["role"] == "target"]
+    value, before = (
+        fmean(record[block][task]["value"] for task in tasks) for block in ("scores", "base_scores")
+    )
     seconds = record["costs"]["seconds"]["total"]
     return f"{record['id']}: {target} {before:.1f} -> {value:.1f}, {seconds:.0f} s"

@@ -11,6 +11,7 @@ import yaml
 from ballast.errors import SuiteError
 from ballast.files import sha256_file
 
+ENCODER_TYPES = ("classification", "masked_token")
 UNITS = ("points", "nats", "perplexity")
 
 
@@ -59,6 +60,11 @@ class Task:
     @property
     def generates(self) -> bool:
         return self.output_type == "generate_until"
+
+    @property
+    def encoder(self) -> bool:
+        """Whether the task is put to an encoder: it names a class, or fills a masked token."""
+        return self.output_type in ENCODER_TYPES
 
     @property
     def image(self) -> bool:

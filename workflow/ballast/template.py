@@ -68,6 +68,17 @@ class Template:
         last = [] if self.end else [self.tokenizer.eos_token_id]
         return [*head, *tail, *last], len(head)
 
+    def marker(self) -> tuple[int, ...]:
+        """Token ids that every prompt ends with, after the question; may be none."""
+        words = [self.tokenizer.decode([len(self.tokenizer) // 2 + i]).strip() for i in (0, 1)]
+        ends = [self.encode(self.prompt(word, False), words[0])[0] for word in words]
+        common = []
+        for left, right in zip(*(reversed(ids) for ids in ends), strict=False):
+            if left != right:
+                break
+            common.append(left)
+        return tuple(reversed(common))
+
     def digest(self) -> str:
         """Hash of the rendered template on a fixed question: provenance of what was asked."""
         shown = self.prompt("QUESTION", bool(self.image_tokens)) + self.delimiter + "RESPONSE"

@@ -37,7 +37,7 @@ class Examples:
     """Tokenised training examples in memory.
 
     input_ids: token ids per example; prompt_lengths: how many of them carry no loss; images: row of
-    `features` [images, tokens, width] per example, or None for text.
+    `features` [images, tokens, width] per example, or None for text; tasks: name of each one's task.
     """
 
     input_ids: list[np.ndarray]
@@ -45,6 +45,7 @@ class Examples:
     pad: int
     images: list[int] | None = None
     features: Tensor | None = None
+    tasks: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,6 +66,37 @@ class Examples:
         if self.features is not None and self.images is not None:
             batch["pixel_values"] = self.features[[self.images[i] for i in rows]].to(device)
         return batch
+
+
+def joined(parts: list[Examples]) -> Examples:
+    """The examples of several tasks as one set, in the order of the tasks."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    images, offset = [], 0
+    if first.images is not None:
+        for part in parts:
+            images += [place + offset for place in part.images]
+            offset += len(part.features)
+    return dataclasses.replace(
+        first,
+        input_ids=[ids for part in parts for ids in part.input_ids],
+        prompt_lengths=[n for part in parts for n in part.prompt_lengths],
+        images=images or None,
+        features=torch.cat([part.features for part in parts]) if images else None,
+        tasks=[task for part in parts for task in part.tasks],
+    )
+
+
+def single_examples(
+    examples: Examples, count: int, seed: int, device: torch.device, task: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Up to `count` examples one by one, of one task or of all, in an order that the seed draws."""
+    order = np.concatenate(batch_order([1] * len(examples), 1, len(examples), seed))
+    if task is not None:
+        order = [row for row in order if examples.tasks and examples.tasks[row] == task]
+    for row in order[:count]:
+        yield examples.batch(np.array([row]), device)
 
 
 def batch_order(lengths: list[int], batch: int, count: int, seed: int) -> list[np.ndarray]:
@@ -221,13 +253,9 @@ class Trainer:
         limit = self.settings["clip"] or float("inf")
         return float(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
 
-    def _calibration(self, examples: int) -> Iterator[dict[str, Tensor]]:
-        """Training examples one by one, in the order of the first epoch, for `calibrate`."""
-        rows = np.concatenate(
-            batch_order([1] * len(self.examples), 1, len(self.examples), self.seed)
-        )
-        for row in rows[:examples]:
-            yield self.examples.batch(np.array([row]), self.device)
+    def _calibration(self, examples: int, task: str | None = None) -> Iterator[dict[str, Tensor]]:
+        """Training examples one by one, for `calibrate` and reports."""
+        return single_examples(self.examples, examples, self.seed, self.device, task)
 
     def _save(self) -> None:
         assert self.checkpoint is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -42,7 +43,7 @@ def _cell(row: pd.Series, spec: dict[str, Any], rate: float, seed: int) -> dict[
         "learning_rate_source": "grid",
         "seed": seed,
         "split": "validation",
-        "tasks": {spec["target"]: spec["tasks"][spec["target"]]},
+        "tasks": {k: entry for k, entry in spec["tasks"].items() if entry["role"] == "target"},
     }
     own["folder"] = f"{spec['suite']}/tune"
     keys = [row["train_key"], rate, seed]
@@ -61,15 +62,14 @@ def rates_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """The curves of `tune` as a table, one row per cell; failed cells have no score."""
     rows = []
     for record in records:
-        who, target = record["identity"], record["identity"]["target"]
-        score = record["scores"].get(target, {})
+        who, scores = record["identity"], list(record["scores"].values())
         rows.append(
             {
                 **{key: who[key] for key in KEYS},
                 "learning_rate": record["settings"]["learning_rate"],
                 "seed": who["seed"],
-                "score": score.get("value"),
-                "loss": score.get("loss"),
+                "score": fmean(score["value"] for score in scores) if scores else None,
+                "loss": fmean(score["loss"] for score in scores) if scores else None,
                 "status": record["status"],
             }
         )

@@ -173,6 +173,7 @@ class Tuner:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 self.raised[name] = parameter.dtype
                 parameter.data = parameter.data.float()
+        self.ctx.trained = tuple(self.ctx.trainable())
 
     def _run(self, moment: str) -> Any:
         function = getattr(self.method, moment, None)
