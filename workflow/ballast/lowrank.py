@@ -17,9 +17,9 @@ def attach_low_rank(
     ctx: Context,
     scale: float,
     dropout: float = 0.0,
-    layer: type[LowRank] = LowRank,
+    layer: Callable[[nn.Module, int, float, float], nn.Module] = LowRank,
 ) -> None:
-    """Replace every target by `layer` of the cell's rank.
+    """Replace every target by `layer(target, rank, scale, dropout)` of the cell's rank.
 
     Raises SuiteError if the rank exceeds a target's smaller side: such an update is not low-rank
     and its nominal rank would be a wrong label.
@@ -37,6 +37,12 @@ def attach_low_rank(
                 f"{base.weight.shape[1]}] allows: at most {limit}"
             )
         ctx.replace(name, layer(base, ctx.rank, scale, dropout))
+
+
+def target_shapes(ctx: Context) -> list[tuple[int, int]]:
+    """Shapes [m, n] of the targets' weights, before or after they are adapted."""
+    modules = [ctx.model.get_submodule(name) for name in ctx.targets]
+    return [tuple(getattr(module, "base", module).weight.shape) for module in modules]
 
 
 @torch.no_grad()
