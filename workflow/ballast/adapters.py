@@ -100,18 +100,22 @@ class LowRank(Adapter):
         """y + s (x A^T) B^T for rows x, by one fused kernel where the precisions agree."""
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if y.dtype == self.A.dtype:
-            return y.addmm_(F.linear(x, self.A), self.B.T, alpha=self.scale)
+            return y.addmm_(F.linear(x, self.A), self.up().T, alpha=self.scale)
         low = self.scale * F.linear(x.to(self.A.dtype), self.A)
-        return y + F.linear(low, self.B).to(y.dtype)
+        return y + F.linear(low, self.up()).to(y.dtype)
 
     def _low(self, tokens: Tensor) -> Tensor:
         """The embedding's update for tokens, at the adapter's precision."""
         low = F.embedding(tokens, self.A.T, self.base.padding_idx)
-        return self.scale * F.linear(low, self.B)
+        return self.scale * F.linear(low, self.up())
+
+    def up(self) -> Tensor:
+        """What takes the r inner dimensions to the outputs [m, r]: B, or B times a small core."""
+        return self.B
 
     def delta(self) -> Tensor:
         """s B A, of the base weight's shape, without the offset."""
-        update = self.scale * (self.B @ self.A)
+        update = self.scale * (self.up() @ self.A)
         return update.T if self.is_embedding else update
 
     @torch.no_grad()
