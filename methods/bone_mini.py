@@ -1,0 +1,57 @@
+"""Bone mini: Bone whose matrix is also repeated over the outputs (PEFT's MiSS "mini").
+
+    y = W0 x + z [D D ... D],   D [r, tile] at zero,   z as in Bone
+
+Outputs o and o + tile change alike; tile = m would be Bone. It has to divide every m. PEFT's
+default of one column is kept. Trainable per matrix: r tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ballast.context import Context
+from ballast.declare import Declaration, hyper
+from ballast.disha import Shards, common_divisors
+from ballast.errors import SuiteError
+from ballast.structured import attach_linears
+
+declaration = Declaration(
+    title="Bone mini (DiSHA, MiSS)",
+    citation="Kang and Yin, DiSHA / MiSS: Revisiting the Trade-off in LoRA with an Efficient "
+    "Shard-Sharing Structure, 2024, arXiv:2409.15371 (as in PEFT 0.21)",
+    family="reparameterization",
+    rank="number r of groups into which the inputs are summed, rows of D",
+    merges=True,
+    learning_rate=2e-5,
+    learning_rate_source="that of Bone",
+)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    grouping: str = hyper(
+        "contiguous",
+        "blocks of inputs (paper); strided: released code and PEFT",
+        choices=("contiguous", "strided"),
+    )
+    tile: int = hyper(1, "mini_r of PEFT: columns of D", low=1)
+
+
+def attach(ctx: Context) -> None:
+    tile = ctx.hyper.tile
+
+    def shards(base: nn.Linear) -> Shards:
+        return Shards(base, ctx.rank, ctx.hyper.grouping, tile)
+
+    outputs = [ctx.model.get_submodule(name).weight.shape[0] for name in ctx.targets]
+    if any(m % tile for m in outputs):
+        allowed = ", ".join(map(str, common_divisors(*outputs)))
+        raise SuiteError(f"tile {tile} does not divide every adapted output; allowed: {allowed}")
+    attach_linears(ctx, shards)
+
+
+def total_parameters(ctx: Context, rank: int) -> int:
+    return len(ctx.targets) * rank * ctx.hyper.tile
