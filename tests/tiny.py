@@ -16,12 +16,25 @@ from ballast.decompositions import Decompositions
 from ballast.tuner import Tuner, load_method
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
+# What stands between question and response in the batches of `make_batches`.
+MARKER = (61,)
 
 # Settings without which a run of a few steps on a tiny base would not reach a method's own work.
 QUICK: dict[str, dict[str, Any]] = {
     "fish": {"keep_ratio": 0.05, "examples": 5},
     "lorasculpt": {"density": 0.3, "fraction": 0.5, "alpha": 0.1, "beta": 0.1},
     "l2_sp": {"alpha": 1.0},
+    "prompt_tuning": {"tokens": 3},
+    "prefix_tuning": {"tokens": 3},
+    "p_tuning": {"tokens": 3},
+    "instance_prompt": {"tokens": 3, "reduction": 4},
+    "bone_mini": {"tile": 4},
+    "fourierft": {"n_frequency": 40, "scaling": 30.0},
+    "moe_lora": {"experts": 2},
+    "hydra_lora": {"alpha_over_r": 2.0},  # bounds on bf16 are for updates of LoRA's size
+    "lora_dash": {"fraction": 0.25},
+    "adalora_dash": {"fraction": 0.25},
+    "flora_dash": {"fraction": 0.25},
 }
 
 
@@ -40,7 +53,7 @@ def tuner_of(
     """A method on a base, not started yet."""
     file = read_method(METHODS / f"{name}.py")
 
-    def examples(count: int) -> Iterator[dict[str, Tensor]]:
+    def examples(count: int, task: str | None = None) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
             size = min(count, len(batch["labels"]))
             count -= size
@@ -61,6 +74,7 @@ def tuner_of(
         learning_rate=1e-2,
         connector=connector,
         batches=examples,
+        response_marker=MARKER,
     )
     return Tuner(module, ctx)
 
