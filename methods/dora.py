@@ -8,26 +8,37 @@ backward pass (paper, 4.3). It comes from
 
     ||V||^2 = ||W0||^2 + 2 s rowsum(B o (W0 A^T)) + s^2 rowsum((B (A A^T)) o B)
 
-so that no [m, n] is formed (PEFT forms B A in every forward).
+so that no [m, n] is formed (PEFT forms B A in every forward), in fp32 whatever the base's precision
+and clamped at 0, below which rounding may take a row that B A cancels.
+
+`magnitude_only` names roles (q, k, v, o, gate, up, down) whose modules get a magnitude and no B A,
+y = (mag / ||W0||) o (W0 x) + bias: the paper's section 5.6, where q, k and v have DoRA and
+"o,gate,up,down" the magnitude alone (`Wdecompose_target_modules` in its code; not in PEFT).
+
 No weight decay on the magnitude: it would pull the model's outputs to zero. With dropout the base's
 part sees the whole x; PEFT and the authors' code drop it there too. Trainable per matrix:
-r (m + n) + m.
+r (m + n) + m, of magnitude-only ones m.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ballast.adapters import LowRank
+from ballast.adapters import Adapter, LowRank, adapter_dtype
 from ballast.context import Context
-from ballast.declare import Declaration
-from ballast.lowrank import attach_low_rank
+from ballast.declare import Declaration, hyper
+from ballast.errors import SuiteError
+from ballast.lowrank import attach_low_rank, target_shapes
 
-from .lora import Hyper, initialise  # noqa: F401
+from .lora import Hyper as LoRA
+from .lora import initialise  # noqa: F401
+
+CHUNK = 2**20  # entries of a base of lower precision raised to fp32 at once
 
 declaration = Declaration(
     title="DoRA",
@@ -39,6 +50,44 @@ declaration = Declaration(
     learning_rate=1e-4,
     learning_rate_source="the paper's Table 8, LLaMA-7B r 32 and LLaMA3-8B",
 )
+
+
+@dataclass(frozen=True)
+class Hyper(LoRA):
+    magnitude_only: str = hyper("", "none (the paper's main tables); section 5.6: o,gate,up,down")
+
+    def __post_init__(self) -> None:
+        roles = ("q", "k", "v", "o", "gate", "up", "down")
+        for role in self.magnitude_only.split(",") if self.magnitude_only else []:
+            if role.strip() not in roles:
+                raise ValueError(
+                    f"magnitude_only: {role.strip()!r} is no role of a module; allowed: "
+                    f"{', '.join(roles)}, with commas between"
+                )
+
+
+class Magnitude(Adapter):
+    """y = (mag / ||W0||) o (W0 x) + bias on a Linear, ||.|| per output row."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base)
+        dtype = adapter_dtype(base.weight)
+        norms = torch.linalg.vector_norm(base.weight, dim=1, dtype=dtype)
+        self.register_buffer("norms", norms, persistent=False)
+        self.mag = nn.Parameter(norms.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the base's shape and precision."""
+        return _scaled(F.linear(x, self.base.weight), self.mag / self.norms, self.base.bias)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        return self.base.weight.to(self.mag.dtype) * (self.mag / self.norms)[:, None]
+
+
+def _scaled(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """y o gain + bias at y's precision; a rounded gain would shift whole rows of a bf16 output."""
+    return (y * gain if bias is None else torch.addcmul(bias, y, gain)).to(y.dtype)
 
 
 class Decomposed(LowRank):
@@ -60,10 +109,7 @@ class Decomposed(LowRank):
             return ((y + self._low(x)) * gain).to(y.dtype)
         rows = x.flatten(0, -2)
         y = self._add_low(F.linear(rows, self.base.weight), rows)
-        bias = self.base.bias
-        # A bf16 output is scaled in fp32: a rounded gain would shift whole rows.
-        y = (y * gain if bias is None else torch.addcmul(bias, y, gain)).to(y.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _scaled(y, gain, self.base.bias).view(*x.shape[:-1], y.shape[-1])
 
     def norm(self) -> Tensor:
         """||V|| per output row [m], a constant to autograd.
@@ -88,9 +134,18 @@ class Decomposed(LowRank):
             return self._row_norms_exact()
 
     def _row_norms_exact(self) -> Tensor:
-        cross = (self.B * (self._weight().to(self.A.dtype) @ self.A.T)).sum(1)
+        cross = (self.B * self._weight_on_a()).sum(1)
         square = (self.B @ (self.A @ self.A.T) * self.B).sum(1)
-        return (self.squares + 2 * self.scale * cross + self.scale**2 * square).sqrt()
+        total = self.squares + 2 * self.scale * cross + self.scale**2 * square
+        return total.clamp_min_(0).sqrt_()
+
+    def _weight_on_a(self) -> Tensor:
+        """W0 A^T [m, r], at A's precision."""
+        weight = self._weight()
+        if weight.dtype == self.A.dtype:
+            return weight @ self.A.T
+        parts = weight.split(max(1, CHUNK // weight.shape[1]))
+        return torch.cat([part.to(self.A.dtype) @ self.A.T for part in parts])
 
     def _weight(self) -> Tensor:
         return self.base.weight.T if self.is_embedding else self.base.weight
@@ -102,7 +157,29 @@ class Decomposed(LowRank):
 
 
 def attach(ctx: Context) -> None:
-    attach_low_rank(ctx, scale=ctx.hyper.alpha_over_r, dropout=ctx.hyper.dropout, layer=Decomposed)
+    light = magnitude_only(ctx)
+    others = [name for name in ctx.targets if name not in light]
+    attach_low_rank(ctx, ctx.hyper.alpha_over_r, ctx.hyper.dropout, Decomposed, others)
+    for name in light:
+        ctx.replace(name, Magnitude(ctx.model.get_submodule(name)))
+
+
+def magnitude_only(ctx: Context) -> set[str]:
+    """Targets that get no B A.
+
+    Raises SuiteError for a role that no target has, and if no target is left with a rank.
+    """
+    asked = {role.strip() for role in ctx.hyper.magnitude_only.split(",")} - {""}
+    roles = {name: ctx.anatomy.role(name) for name in ctx.targets}
+    for role in sorted(asked - set(roles.values())):
+        raise SuiteError(f"magnitude_only: {role}; no module to adapt (`modules`) has that role")
+    chosen = {name for name, role in roles.items() if role in asked}
+    if chosen and len(chosen) == len(roles):
+        raise SuiteError(
+            f"magnitude_only: {ctx.hyper.magnitude_only}; every module to adapt is so, and the "
+            "rank has no meaning"
+        )
+    return chosen
 
 
 def parameter_groups(ctx: Context) -> list[dict[str, Any]]:
@@ -113,3 +190,11 @@ def parameter_groups(ctx: Context) -> list[dict[str, Any]]:
 
 def parameter_count(m: int, n: int, rank: int) -> int:
     return rank * (m + n) + m
+
+
+def total_parameters(ctx: Context, rank: int) -> int:
+    light = magnitude_only(ctx)
+    return sum(
+        m if name in light else parameter_count(m, n, rank)
+        for name, (m, n) in zip(ctx.targets, target_shapes(ctx), strict=True)
+    )

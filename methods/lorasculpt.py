@@ -14,16 +14,31 @@ so that its clause for it matches nothing).
 threshold = min(100, fraction x steps): the code's 100 are 2.7 % of its 3,750 steps, and a run of
 fewer than 100 would never be pruned. Further differences from the code: entries are zeroed after
 the optimiser's step, the last one included (the code zeroes before each step, so that its final
-checkpoint is denser than it says); M is computed once; the code's dropout 0.05 is 0 here as in
-LoRA. As there, the penalty is on q, k and v only and has no scale s; Adam's moments are not masked.
+checkpoint is denser than it says); the code's dropout 0.05 is 0 here as in LoRA. As there, the
+penalty is on q, k and v only and has no scale s; Adam's moments are not masked.
+
+The penalty's value and its exact gradient, with C = M o M o (B A) and f = ||M o (B A)||_F,
+
+    df/dB = C A^T / f,   df/dA = B^T C / f   (0 at B A = 0, as torch.norm has it)
+
+come in one pass over chunks of rows, so that no [m, n] of B A is ever held. M o M is kept for each
+penalised matrix, in fp32, or made again chunk by chunk in every step (`keep_importance: false`:
+a log and a tanh for each entry, and no memory; the released code recomputes it).
+
+Ablations of the paper, as variants: the mask alone is `alpha: 0, beta: 0`; the conflict term alone
+is `density: 1`, which prunes nothing; the connector's term alone is `alpha: 0, density: 1` with the
+connector adapted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ballast.adapters import LowRank
 from ballast.context import Context
@@ -32,7 +47,8 @@ from ballast.lowrank import attach_low_rank
 
 from .lora import initialise, parameter_count  # noqa: F401
 
-PENALISED = ("q_proj", "k_proj", "v_proj")
+PENALISED = ("q", "k", "v")
+CHUNK = 2**18  # entries of B A held at once: about what stays in a core's cache
 
 declaration = Declaration(
     title="LoRASculpt",
@@ -53,11 +69,20 @@ class Hyper:
     dropout: float = hyper(
         0.0, "that of LoRA here; the released script has 0.05", low=0.0, high=0.99
     )
-    density: float = hyper(0.1, "AB_PRESERVE_RATIO of the released code", low=0.0, high=1.0)
+    density: float = hyper(
+        0.1, "AB_PRESERVE_RATIO of the released code; 1: no pruning", low=0.0, high=1.0
+    )
     fraction: float = hyper(0.1, "of the run, chosen here for short runs", low=0.0, high=1.0)
     alpha: float = hyper(1e-3, "CMR_LAMBDA of the released code", low=0.0)
     beta: float = hyper(1e-3, "alpha's; the released code has none for the connector", low=0.0)
     omega: float = hyper(1.0, "OMEGA of the released code", low=0.0)
+    keep_importance: bool = hyper(True, "the faster way; false: the leaner, as in the code")
+
+    def __post_init__(self) -> None:
+        if self.density == 0:
+            raise ValueError(
+                "density: 0; nothing would be left to train; allowed: above 0, up to 1 (no pruning)"
+            )
 
 
 class Sculpted(LowRank):
@@ -77,16 +102,19 @@ def penalty(ctx: Context) -> Tensor | None:
     language, connector = [], []
     for name, layer in ctx.adapters():
         if ctx.in_connector(name):
-            connector.append(_conflict(ctx, name, layer))
-        elif name.split(".")[-1] in PENALISED:
+            if ctx.hyper.beta:
+                connector.append(_conflict(ctx, name, layer))
+        elif ctx.hyper.alpha and ctx.anatomy.role(name) in PENALISED:
             language.append(_conflict(ctx, name, layer))
     weighted = ((ctx.hyper.alpha, language), (ctx.hyper.beta, connector))
-    terms = [weight * torch.stack(parts).mean() for weight, parts in weighted if weight and parts]
+    terms = [weight * torch.stack(parts).mean() for weight, parts in weighted if parts]
     return torch.stack(terms).sum() if terms else None
 
 
 @torch.no_grad()
 def after_step(ctx: Context) -> None:
+    if ctx.hyper.density == 1:
+        return
     for _, layer in _prunable(ctx):
         if ctx.step == threshold(ctx):
             layer.mask_A = largest(layer.A, ctx.hyper.density)
@@ -109,10 +137,11 @@ def largest(tensor: Tensor, density: float) -> Tensor:
     return mask.view(tensor.shape)
 
 
-def importance(weight: Tensor, omega: float) -> Tensor:
-    """M [m, n] of a base weight."""
-    share = weight.abs() / torch.linalg.vector_norm(weight)
-    return torch.tanh(omega * (1 / torch.log(share + 1e-15)).abs())
+def importance(weight: Tensor, omega: float, norm: Tensor | None = None) -> Tensor:
+    """M of a base weight [m, n], or of some of its rows where `norm` is the whole's."""
+    norm = torch.linalg.vector_norm(weight) if norm is None else norm
+    share = (weight.abs() / norm).add_(1e-15)
+    return share.log_().reciprocal_().abs_().mul_(omega).tanh_()
 
 
 def product_density(density_a: float, density_b: float, rank: int) -> float:
@@ -142,9 +171,43 @@ def _prunable(ctx: Context) -> list[tuple[str, Sculpted]]:
 
 
 def _conflict(ctx: Context, name: str, layer: Sculpted) -> Tensor:
-    """||M o (B A)||_F; vector_norm has gradient 0 at B = 0, where a plain root has NaN."""
-    cached = ctx.scratch.setdefault("importance", {})
-    if name not in cached:
-        weight = layer.base.weight.detach().to(layer.A.dtype)
-        cached[name] = importance(weight, ctx.hyper.omega)
-    return torch.linalg.vector_norm(cached[name] * (layer.B @ layer.A))
+    """||M o (B A)||_F of one matrix."""
+    weight, dtype = layer.base.weight.detach(), layer.A.dtype
+    known = ctx.scratch.setdefault("importance", {})
+    if name not in known:
+        known[name] = torch.linalg.vector_norm(weight, dtype=dtype)
+        if ctx.hyper.keep_importance:
+            known[name] = importance(weight.to(dtype), ctx.hyper.omega, known[name]).square_()
+
+    def squares(rows: slice) -> Tensor:
+        if ctx.hyper.keep_importance:
+            return known[name][rows]
+        return importance(weight[rows].to(dtype), ctx.hyper.omega, known[name]).square_()
+
+    return WeightedNorm.apply(layer.A, layer.B, squares)
+
+
+class WeightedNorm(torch.autograd.Function):
+    """||M o (B A)||_F for A [r, n] and B [m, r], of which `squares` gives rows of M o M."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, squares: Callable[[slice], Tensor]) -> Tensor:
+        total, grad_a, grad_b = a.new_zeros(()), torch.zeros_like(a), torch.empty_like(b)
+        step = max(1, CHUNK // a.shape[1])
+        for start in range(0, len(b), step):
+            rows = slice(start, start + step)
+            product = b[rows] @ a
+            weighted = squares(rows) * product
+            total += torch.dot(weighted.flatten(), product.flatten())
+            grad_b[rows] = weighted @ a.T
+            grad_a.addmm_(b[rows].T, weighted)
+        norm = total.sqrt_()
+        inverse = torch.where(norm > 0, 1 / norm, 0)
+        ctx.save_for_backward(grad_a.mul_(inverse), grad_b.mul_(inverse))
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_a, grad_b = ctx.saved_tensors
+        return grad * grad_a, grad * grad_b, None

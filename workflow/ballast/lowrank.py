@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ def attach_low_rank(
     scale: float,
     dropout: float = 0.0,
     layer: Callable[[nn.Module, int, float, float], nn.Module] = LowRank,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Replace every target by `layer(target, rank, scale, dropout)` of the cell's rank.
+    """Replace targets (those of `names`, or all) by `layer(target, rank, scale, dropout)`.
 
     Raises SuiteError if the rank exceeds a target's smaller side: such an update is not low-rank
     and its nominal rank would be a wrong label.
@@ -28,7 +29,7 @@ def attach_low_rank(
         raise SuiteError("rank: this method needs one")
     if not ctx.targets:
         raise SuiteError("modules: nothing to adapt")
-    for name in ctx.targets:
+    for name in ctx.targets if names is None else names:
         base = ctx.model.get_submodule(name)
         limit = min(base.weight.shape)
         if ctx.rank > limit:
@@ -40,9 +41,14 @@ def attach_low_rank(
 
 
 def target_shapes(ctx: Context) -> list[tuple[int, int]]:
-    """Shapes [m, n] of the targets' weights, before or after they are adapted."""
-    modules = [ctx.model.get_submodule(name) for name in ctx.targets]
-    return [tuple(getattr(module, "base", module).weight.shape) for module in modules]
+    """Shapes [m, n] = [out, in] of the targets, before or after they are adapted."""
+    shapes = []
+    for name in ctx.targets:
+        module = ctx.model.get_submodule(name)
+        module = getattr(module, "base", module)
+        m, n = module.weight.shape
+        shapes.append((n, m) if isinstance(module, nn.Embedding) else (m, n))
+    return shapes
 
 
 @torch.no_grad()
@@ -52,6 +58,8 @@ def start_kaiming(ctx: Context) -> None:
     For embeddings, as in loralib, A = 0 and B normal.
     """
     for _, layer in ctx.adapters():
+        if not isinstance(layer, LowRank):
+            continue
         if layer.is_embedding:
             layer.A.zero_()
             layer.B.copy_(_normal(layer.B, ctx.generator))
