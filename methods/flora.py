@@ -2,16 +2,16 @@
 
     y = W0 x + s B G A x,   A [r, n], G [r, r], B [m, r],   s = alpha / r
 
-G starts at zero, so the tuned model starts as the base, and at the first step only G has a gradient;
-A and B start random, so that they span an r-dimensional space on both sides in which G is free. Not
-"Flora" (gradient compression, arXiv:2402.03293) and not federated FLoRA.
+G starts at zero, so the tuned model starts as the base, and at first only G has a gradient; A and B
+start random and span an r-dimensional space on both sides, in which G is free. Not "Flora"
+(gradient compression, arXiv:2402.03293) and not federated FLoRA.
 
-The authors release three starts of A and B: kaiming uniform with a = sqrt 5 (their code for language
-models, with s = alpha / r; the default here), N(0, 0.02) (their code for GLUE; `start: gaussian`),
-and kaiming normal over r in their vision layers, with s = 4, which is not offered: its entries of
-about 1 / sqrt(2 r) do not shrink with the width. The N-dimensional form for convolutions reduces to
-this one on matrices. The step costs LoRA's plus r^2 (m + r) for B G, formed once per forward, so that
-no further tensor of tokens is kept. Trainable per matrix: r (m + n) + r^2.
+The authors released three starts of A and B: kaiming uniform with a = sqrt 5 (for language models,
+with s = alpha / r; the default here), N(0, 0.02) (for GLUE; `start: gaussian`), and kaiming normal
+over r (vision layers, with s = 4), which is not offered: its entries of about 1 / sqrt(2 r) do not
+shrink with the width. The N-dimensional form for convolutions is this one on matrices. The step
+costs LoRA's plus m r^2 for B G, formed once per forward, so that no further tensor of tokens is
+kept. Trainable per matrix: r (m + n) + r^2.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
     y = W0 x + s B A x,   A [r, n] random and frozen, B [m, r] trained from zero,   s = alpha / r
 
 With A frozen no gradient needs the layer's input x [tokens, n], only A x [tokens, r]: activation
-memory falls, and one of LoRA's three products of the backward pass is saved. As in loralib the random
-factor of an embedding is B, so there B is frozen and A trains. A starts as LoRA's does; the paper
+memory falls, and one of the four products of LoRA's backward pass is saved. As in loralib an
+embedding's random factor is B, so there B is frozen and A trains. The start is LoRA's; the paper
 says Gaussian, PEFT draws the kaiming uniform as well.
 
-PEFT's optimiser is not this method but its second version: it projects the gradient so that the step
-of B A is the one nearest to full tuning's, g_B <- g_B (A A^T)^-1 / s^2, and that is `projected`. It
-is done before clipping here (PEFT's runs inside the optimiser, after clipping); PEFT adds 1e-8 to the
-diagonal of A A^T and multiplies in bf16 where the machine has it, which is not done here.
-Trainable per matrix: r m.
+PEFT's optimiser is not this method but its second version: it projects the gradient so that the
+step of B A is the one nearest to full tuning's, g_B <- g_B (A A^T)^-1 / s^2. That is `projected`,
+done before clipping here (PEFT's runs inside the optimiser, after clipping); PEFT adds 1e-8 to the
+diagonal of A A^T and multiplies in bf16 where the machine has it, which is not done here. Trainable
+per matrix: r m.
 """
 
 from __future__ import annotations
