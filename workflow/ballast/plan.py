@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from ballast import budget, sources, versions
+from ballast.contents import named_files
 from ballast.declare import MethodFile
 from ballast.errors import DataError, SuiteError, unknown
-from ballast.files import key_of, key_of_files, replacing
+from ballast.files import key_of, key_of_files, replacing, sha256_file
 from ballast.layout import Layout, real_data
 from ballast.rates import chosen_rates
 from ballast.suite import Suite, applies, single_targets
@@ -27,7 +28,10 @@ COLUMNS = (
 VISION = "vision-language"
 
 # What a plan is made by, and where the sources of tasks and bases name files.
-PLANNERS = ("budget", "declare", "plan", "rates", "sources", "suite", "tasks", "tune", "versions")
+PLANNERS = (
+    "budget", "contents", "declare", "plan", "rates", "sources", "suite", "tasks", "tune",
+    "versions",
+)  # fmt: skip
 FILES = ("path", "train", "test", "images", "model", "tokenizer")
 
 
@@ -103,6 +107,8 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
             training.get("max_length"),
             versions.TRAIN,
         ]
+        if task.encoder:
+            data.append([task.output_type, task.classes])
         # Rows of others that stand on both sides leave the training side, so that its content
         # depends on how many items are held out; generated rows never do.
         counted = sizes if task.source["reader"] != "world" else training.get("examples")
@@ -178,6 +184,8 @@ def _trained(
         method = suite.methods[name]
         if not method.declaration.trains or not applies(suite, method, base.name):
             continue
+        if target not in chosen.get("targets", [target]):
+            continue
         sizes = _sizes(suite, method, chosen)
         for plain, item in _variants(method, chosen):
             if item.get("connector", "frozen") != "frozen" and suite.kind(base.name) != VISION:
@@ -191,7 +199,8 @@ def _trained(
                 if rate is None:
                     rate, origin = suite.config["tuning"]["start"].get(name), "suite's start"
                 if rate is None:
-                    rate, origin = method.declaration.learning_rate, "method's default"
+                    settings = method.settings(item["set"], suite.folders)
+                    rate, origin = method.learning_rate(settings)
                 for seed in suite.seeds(base.name):
                     spec = _spec(suite, base, target, method, variant, rank, seed, item)
                     spec |= {"learning_rate": rate, "learning_rate_source": origin}
@@ -240,7 +249,7 @@ def _spec(
         "variant": variant,
         "rank": rank,
         "seed": seed,
-        "hyper": method.settings(item["set"]),
+        "hyper": method.settings(item["set"], suite.folders),
         "connector": item.get("connector", "frozen"),
         "modules": suite.config["modules"],
         "training": suite.targets(base.name)[target],
@@ -256,12 +265,19 @@ def _spec(
         **_end(base.spec),
         "base_key": base.key,
         **({"mixture": members} if members != [target] else {}),
+        **_classes(suite, members),
         "tasks": {
             name: entry
             for name, entry in base.tasks.items()
             if entry["role"] != "target" or name in members
         },
     }
+
+
+def _classes(suite: Suite, members: list[str]) -> dict[str, list[list[Any]]]:
+    """How many classes each task of an encoder's target has, in their order in its head."""
+    found = [[name, len(suite.tasks[name].classes)] for name in members]
+    return {"classes": found} if all(count for _, count in found) else {}
 
 
 # Settings that change neither a trained weight nor a score.
@@ -333,16 +349,19 @@ def _posthoc(
         method = suite.methods[name]
         if method.declaration.trains or not applies(suite, method, base.name):
             continue
-        targets = [target]
-        if method.declaration.several_targets:
-            targets = single_targets(suite, base.name)
-            if target not in targets:
-                continue
+        if target not in chosen.get("targets", [target]):
+            continue
         for parent in chosen.get("parents", method.declaration.parents):
+            targets = [target]
+            if method.declaration.several_targets:
+                having = {other for other, label, _ in known if label == parent}
+                targets = [t for t in single_targets(suite, base.name) if t in having]
+                if having and (len(targets) < 2 or target not in targets):
+                    continue
             for variant, item in _variants(method, chosen):
                 for seed in suite.seeds(base.name):
                     sources = [known.get((other, parent, seed)) for other in targets]
-                    if None in sources:
+                    if None in sources or not sources:
                         if _left_out(suite, base.name, parent):
                             continue
                         labels = {label for _, label, _ in known}
@@ -378,7 +397,8 @@ def plan_key(config: dict[str, Any], layout: Layout, folder: Path) -> str:
     paths += [folder / rates] if isinstance(rates, str) and (folder / rates).is_file() else []
     files = [p for path in paths for p in ([path] if path.is_file() else path.rglob("*"))]
     files = sorted(p for p in files if p.is_file() and p.suffix in (".py", ".yaml", ".csv"))
-    return key_of(config, _data_stamp(config, layout), key_of_files(*files))
+    named = [[str(p), sha256_file(p)] for p in named_files(config, (folder, folder.parent))]
+    return key_of(config, _data_stamp(config, layout), key_of_files(*files), *named)
 
 
 def _data_stamp(config: dict[str, Any], layout: Layout) -> list[Any]:

@@ -8,6 +8,7 @@ with one message that names the key, the value, what is allowed and what to do.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ EVALUATION = {
     "generation": 100,
     "batch_size": 128,
 }
+# Of an encoder's classification head; among the settings of targets that have one.
+HEAD_LEARNING_RATE = 1e-3
 LIMITS = {"minutes": 10.0, "memory_mb": 4000}
 TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {}}
 
@@ -58,14 +61,21 @@ class Suite:
     tasks: dict[str, Task]
     folder: Path
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where relative paths of the suite may start: its own folder, and the one above it."""
+        return self.folder, self.folder.parent
+
     def targets(self, base: str) -> dict[str, dict[str, Any]]:
         """The base's targets with their training settings, complete."""
         spec = self.config["bases"][base]
         common = TRAINING | self.config["training"] | spec.get("training", {})
-        return {
-            name: common | {key: value for key, value in own.items() if key != "tasks"}
-            for name, own in _named(spec["targets"]).items()
-        }
+        found = {}
+        for name, own in _named(spec["targets"]).items():
+            found[name] = common | {key: value for key, value in own.items() if key != "tasks"}
+            if any(self.tasks[t].classes for t in own.get("tasks", [name]) if t in self.tasks):
+                found[name].setdefault("head_learning_rate", HEAD_LEARNING_RATE)
+        return found
 
     def target_tasks(self, base: str, target: str) -> list[str]:
         """The tasks of a target: those of a mixture, or the one of the target's own name."""
@@ -245,6 +255,31 @@ def _check_base(suite: Suite, base: str, spec: dict[str, Any]) -> None:
             raise SuiteError(f"{where}.targets: {name} is plain text without responses to train on")
         if suite.tasks[name].unit != "points":
             raise SuiteError(f"{where}.targets: {name} is not measured in points")
+    _check_encoder(suite, base, targets)
+
+
+def _check_encoder(suite: Suite, base: str, targets: list[str]) -> None:
+    """An encoder fills gaps upstream and names classes downstream; no other base does either."""
+    where, spec = f"bases.{base}", suite.config["bases"][base]
+    encoder = suite.kind(base) == "encoder"
+    for key, names in (
+        ("upstream", spec["upstream"]),
+        ("probes", spec.get("probes", [])),
+        ("targets", targets),
+    ):
+        wanted = "classification" if key == "targets" else "masked_token"
+        for name in names:
+            kind = suite.tasks[name].output_type
+            if encoder and kind != wanted:
+                raise SuiteError(
+                    f"{where}.{key}: {name} is a task of type {kind}; allowed for an encoder: "
+                    f"{wanted}"
+                )
+    for target, training in suite.targets(base).items():
+        if "head_learning_rate" in training and not encoder:
+            raise SuiteError(
+                f"{where}.targets.{target}: head_learning_rate is for targets of encoders only"
+            )
 
 
 def _check_targets(suite: Suite, base: str) -> list[str]:
@@ -331,12 +366,22 @@ def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:
         raise SuiteError(f"{where}.parents: {name} is not a post-hoc method")
     for text in spec.get("budgets", []):
         parse_budget(text)
+    targets = {target for base in suite.config["bases"] for target in suite.targets(base)}
+    for target in spec.get("targets", []):
+        if target not in targets:
+            raise SuiteError(f"{where}.targets: {unknown('target', target, targets)}")
     settings = [(where, spec)]
     settings += [(f"{where}.variants.{k}", v) for k, v in spec.get("variants", {}).items()]
     for key, item in settings:
         try:
-            method.settings(spec.get("set", {}) | item.get("set", {}))
+            method.settings(spec.get("set", {}) | item.get("set", {}), suite.folders)
         except MethodError as error:
             raise SuiteError(f"{key}.set: {error}") from None
-        if item.get("connector") == "adapted" and declaration.family == "selective":
+        if item.get("connector") == "adapted" and not _adapts_connector(method):
             raise SuiteError(f"{key}.connector: adapted; allowed for {name}: frozen, tuned")
+
+
+def _adapts_connector(method: MethodFile) -> bool:
+    """Whether a method can train adapters on the connector: selective ones say at which rank."""
+    names = {item.name for item in dataclasses.fields(method.hyper)}
+    return method.declaration.family != "selective" or "connector_rank" in names
