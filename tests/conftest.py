@@ -18,6 +18,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tiny import MARKER
+
 torch.set_num_threads(1)
 
 VOCABULARY = 64
@@ -113,6 +115,7 @@ def make_batches() -> Callable[..., list[dict[str, Tensor]]]:
                 ids[:, :4] = IMAGE_TOKEN
                 pixels = torch.randn(size, 3, 16, 16, generator=generator)
                 batch["pixel_values"] = pixels.to(dtype)
+            ids[:, 4] = MARKER[0]
             labels = ids.clone()
             labels[:, :5] = -100
             found.append({"input_ids": ids, "labels": labels, **batch})

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from ballast.adapters import Adapter
+from ballast.budget import trained_parameters
 from ballast.context import PostHoc
 from ballast.declare import discover
 from ballast.errors import MethodError, SuiteError
+from ballast.suite import adapts_connector
 from ballast.tuner import load_method
 from tiny import (
     METHODS,
@@ -16,6 +18,8 @@ from tiny import (
     distance,
     logits,
     optimiser_of,
+    parents_on,
+    post_hoc_on,
     randomise,
     same_bytes,
     train,
@@ -25,12 +29,11 @@ from tiny import (
 FILES = discover(METHODS)
 TRAINED = [name for name, file in FILES.items() if file.declaration.trains]
 RANKED = [name for name in TRAINED if FILES[name].declaration.rank]
-# Methods that put adapters on linears, whether by a rank or by another size.
+# Methods that put adapters on linears, whether by a rank, another size or a density.
 ADAPTING = [
     name
     for name in TRAINED
-    if name in RANKED
-    or (FILES[name].declaration.size and FILES[name].declaration.family == "reparameterization")
+    if name in RANKED or FILES[name].declaration.family == "reparameterization"
 ]
 POST_HOC = [name for name in FILES if name not in TRAINED]
 KINDS = ("llama", "llava")
@@ -114,6 +117,12 @@ def _gradients(name, tuner):
     assert given
     assert len(given) == len(found) or FILES[name].declaration.alternates
     return given
+
+
+def trains_the_connector_itself(name):
+    """Selective methods without anything to tune on a text model."""
+    declaration = FILES[name].declaration
+    return declaration.family == "selective" and "text" not in declaration.applies_to
 
 
 def _layer_parameters(model, tuner, chosen):
@@ -296,12 +305,21 @@ def test_accumulation_equals_one_batch(name, started, make_batches):
         for batch in batches:
             backward(tuner, batch, len(batches))
         found.append(_gradients(name, tuner))
-    assert all(distance(found[1][n], grad) < 1e-10 for n, grad in found[0].items())
+    # Norms of transformers compute in fp32: the gradient of a prompt, which passes them once for a
+    # whole batch, is rounded with the batch.
+    bound = 1e-6 if FILES[name].declaration.family == "additive" else 1e-10
+    assert all(distance(found[1][n], grad) < bound for n, grad in found[0].items())
 
 
 @each_ranked
 def test_rank_larger_than_a_matrix_is_refused(name, make_model):
     tuner = tuner_of(name, make_model("llama"), [], rank=17)
+    sizes = getattr(tuner.method, "allowed_sizes", None)
+    if sizes is not None and 17 in sizes(tuner.ctx):  # a rank that no matrix bounds, as stated
+        expected = trained_parameters(tuner.method, tuner.ctx, 17)
+        tuner.start()
+        assert tuner.trained_count() == expected
+        return
     with pytest.raises(SuiteError, match=r"rank 17 is larger than \S*k_proj.*at most 16"):
         tuner.start()
 
@@ -337,14 +355,15 @@ def test_adapted_embedding(name, started, make_model, tmp_path):
 @each_method
 @pytest.mark.parametrize("connector", ["frozen", "tuned", "adapted"])
 def test_connector(name, connector, started, make_model):
-    if connector == "adapted" and name not in ADAPTING:
+    itself = trains_the_connector_itself(name)
+    if not adapts_connector(FILES[name]) if connector == "adapted" else itself and connector == "tuned":
         with pytest.raises(SuiteError, match="connector"):
             started(name, "llava", connector=connector)
         return
     tuner, batches = started(name, "llava", connector=connector)
     ctx = tuner.ctx
     inside = {n for n in ctx.trainable() if ctx.in_connector(n)}
-    assert bool(inside) == (connector != "frozen")
+    assert bool(inside) == (itself or connector != "frozen")
     assert all(("base" not in n) for n in inside)
     groups = {n: g for g in tuner.parameter_groups(0.1) for n in g["names"]}
     if connector == "tuned":
@@ -480,14 +499,25 @@ def parents():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE])
 @pytest.mark.parametrize("name", POST_HOC)
-def test_post_hoc_contract(name, dtype, parents):
-    base, tuned = ({k: v.to(dtype) for k, v in part.items()} for part in parents)
-    copies = {k: v.clone() for k, v in base.items()}
-    first, again, other = (_post_hoc(name, base, tuned, seed) for seed in (0, 0, 1))
-    assert first.keys() <= base.keys()
-    assert same_bytes(base, copies), "the base was changed in place"
+def test_post_hoc_contract(name, dtype, make_model, make_batches):
+    """On a real base, with the parents of two targets where the method takes several."""
+    model, batches = make_model("llama", dtype), make_batches("llama", 2, dtype)
+    tuned = parents_on(model, 2 if FILES[name].declaration.several_targets else 1)
+    given = [{k: v.clone() for k, v in parent.items()} for parent in tuned]
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    results = []
+    for seed in (0, 0, 1):
+        ctx = post_hoc_on(name, model, tuned, batches, seed=seed)
+        results.append(load_method(FILES[name].path).post_hoc(ctx))
+        ctx.load(None)
+        assert same_bytes(ctx.base, base), "the base was changed in place"
+        assert same_bytes(dict(model.state_dict()), base), "more was loaded than the parents change"
+        assert all(same_bytes(*pair) for pair in zip(tuned, given, strict=True)), "a parent changed"
+    first, again, other = results
     assert same_bytes(first, again)
     assert same_bytes(first, other) != FILES[name].declaration.random_start
+    assert first.keys() <= {key for parent in tuned for key in parent}
+    assert any(not torch.equal(weight, base[key]) for key, weight in first.items())
     for key, weight in first.items():
         assert weight.dtype == dtype
         assert weight.shape == base[key].shape
@@ -526,10 +556,11 @@ def test_dare_expectation_is_the_tuned_model(parents):
     assert all(0.04 < distance(mean[k], tuned[k] - base[k]) < 0.06 for k in tuned)
 
 
-@pytest.mark.parametrize("name", ["wise_ft", "dare"])
-def test_several_parents_are_refused_where_one_is_meant(name, parents):
-    base, tuned = parents
-    module = load_method(FILES[name].path)
-    ctx = PostHoc(base, [tuned, tuned], module.Hyper(), torch.Generator())
+@pytest.mark.parametrize(
+    "name", [name for name in POST_HOC if not FILES[name].declaration.several_targets]
+)
+def test_several_parents_are_refused_where_one_is_meant(name, make_model, make_batches):
+    model = make_model("llama")
+    ctx = post_hoc_on(name, model, parents_on(model, 2), make_batches("llama", 2))
     with pytest.raises(SuiteError, match="exactly one"):
-        module.post_hoc(ctx)
+        load_method(FILES[name].path).post_hoc(ctx)

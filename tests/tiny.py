@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ballast.anatomy import anatomy_of, targets_of
-from ballast.context import Context
+from ballast.context import Context, PostHoc
 from ballast.declare import read_method
 from ballast.decompositions import Decompositions
 from ballast.tuner import Tuner, load_method
@@ -24,6 +24,13 @@ QUICK: dict[str, dict[str, Any]] = {
     "fish": {"keep_ratio": 0.05, "examples": 5},
     "lorasculpt": {"density": 0.3, "fraction": 0.5, "alpha": 0.1, "beta": 0.1},
     "l2_sp": {"alpha": 1.0},
+    "gradient_mask": {"examples": 5, "batch": 2},
+    "hft": {"fraction": 0.5},
+    "lisa": {"fraction": 0.5},
+    "spa": {"density": 0.05, "batch": 3},
+    "rosa": {"density": 0.05, "batch": 3, "fraction": 0.5},
+    "dsee": {"rounds": 3},
+    "diff_pruning": {"keep": 0.05, "l0": 1e-4},
     "prompt_tuning": {"tokens": 3},
     "prefix_tuning": {"tokens": 3},
     "p_tuning": {"tokens": 3},
@@ -32,6 +39,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 40, "scaling": 30.0},
     "moe_lora": {"experts": 2},
     "hydra_lora": {"alpha_over_r": 2.0},  # bounds on bf16 are for updates of LoRA's size
+    "fisher_merge": {"examples": 3},
+    "model_tailor": {"examples": 3, "block": 20},
     "lora_dash": {"fraction": 0.25},
     "adalora_dash": {"fraction": 0.25},
     "flora_dash": {"fraction": 0.25},
@@ -77,6 +86,53 @@ def tuner_of(
         response_marker=MARKER,
     )
     return Tuner(module, ctx)
+
+
+@torch.no_grad()
+def parents_on(model: nn.Module, count: int, size: float = 0.05) -> list[dict[str, Tensor]]:
+    """Weights of `count` models tuned from a base: its layers moved, all but one tensor of each."""
+    layers, generator = anatomy_of(model).layers, torch.Generator().manual_seed(3)
+    names = [name for name in model.state_dict() if name.startswith(f"{layers}.")]
+    found = []
+    for parent in range(count):
+        found.append({})
+        for place, name in enumerate(names):
+            weight = model.state_dict()[name]
+            noise = torch.randn(weight.shape, generator=generator)
+            if place != parent:
+                found[-1][name] = (weight + size * noise).to(weight.dtype)
+    return found
+
+
+def post_hoc_on(
+    name: str,
+    model: nn.Module,
+    tuned: list[dict[str, Tensor]],
+    batches: list[dict[str, Tensor]],
+    *,
+    seed: int = 0,
+    own: int = 0,
+    settings: dict[str, Any] | None = None,
+) -> PostHoc:
+    """What a post-hoc method sees of parents on a base; batch i is parent i's training data."""
+
+    def examples(parent: int, count: int) -> Iterator[dict[str, Tensor]]:
+        batch = batches[parent]
+        for i in range(min(count, len(batch["labels"]))):
+            yield {key: value[i : i + 1] for key, value in batch.items()}
+
+    file = read_method(METHODS / f"{name}.py")
+    values = file.settings({**QUICK.get(name, {}), **(settings or {})})
+    return PostHoc(
+        base={key: value.clone() for key, value in model.state_dict().items()},
+        tuned=tuned,
+        hyper=getattr(load_method(file.path), "Hyper", file.hyper)(**values),
+        generator=torch.Generator().manual_seed(seed),
+        own=own,
+        model=model,
+        anatomy=anatomy_of(model),
+        examples=examples,
+    )
 
 
 @torch.no_grad()
