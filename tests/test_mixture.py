@@ -12,9 +12,11 @@ import yaml
 
 from ballast.budget import label, parameters_within, parse_budget, resolve
 from ballast.declare import read_method
-from ballast.errors import SuiteError
+from ballast.errors import DataError, SuiteError
+from ballast.keep import keep_suite, read_kept
 from ballast.layout import Layout
 from ballast.plan import make_plan
+from ballast.records import scan
 from ballast.suite import load_suite
 from ballast.training import Examples, joined, single_examples
 from ballast.tune import make_tune_plan
@@ -131,11 +133,30 @@ def test_a_whole_run_scores_each_task_and_edits_parents_of_both_targets(home):
     assert set(one["scores"]) == {"tiny_keep", "tiny_learn"}
     share = records["tiny_learn", "dora", "at-20pct"]
     assert share["report"]["resolved_parameters"] == share["costs"]["trainable_parameters"]
-    assert share["report"]["budget_parameters"] == int(0.2 * share["costs"]["total_parameters"])
+    assert share["report"]["budget_parameters"] == int(
+        0.2 * (share["costs"]["total_parameters"] - share["costs"]["trainable_parameters"])
+    )
     table = (home.root / "results/tiny/tables/tradeoff-tiny-both.md").read_text()
     row = next(line for line in table.splitlines() if "LoRA" in line)
     target = statistics.fmean(mixed["scores"][t]["value"] for t in ("tiny_learn", "tiny_other"))
     assert f"{target:.2f}" in row
+
+
+def test_a_suite_is_kept_in_two_files(home, tmp_path):
+    """Runs after the whole run above, on what it left."""
+    suite = home.root / "results/tiny"
+    assert keep_suite(suite, tmp_path) == 8
+    records, items = read_kept(tmp_path)
+    assert records == scan(suite / "cells")[0]
+    for record in records:
+        for task, score in record["scores"].items():
+            own = items[(items["cell"] == record["id"]) & (items["task"] == task)]
+            assert len(own) == score["n"]
+            assert 100 * own["score"].mean() == pytest.approx(score["value"], abs=1e-4)
+    sample = next(suite.glob("cells/*/samples/tiny_keep.parquet"))
+    sample.write_bytes(sample.read_bytes()[:-1])
+    with pytest.raises(DataError, match="not the file that the record describes"):
+        keep_suite(suite, tmp_path)
 
 
 @pytest.mark.parametrize(

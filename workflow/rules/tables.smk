@@ -26,3 +26,16 @@ rule leaderboard:
         plan=str(PLAN_FILE),
     script:
         "../scripts/tables.py"
+
+
+# Records and item scores of the suite as two small files that can be committed: trains nothing.
+rule keep:
+    log:
+        f"{HOME}/logs/keep.log",
+    conda:
+        "../../envs/ballast.yaml"
+    params:
+        suite=HOME,
+        folder=f"results/kept/{SUITE}",
+    script:
+        "../scripts/keep.py"

@@ -1,0 +1,16 @@
+"""Keep a suite's records and item scores under results/kept/."""
+
+import sys
+from pathlib import Path
+
+from ballast.errors import BallastError
+from ballast.keep import keep_suite
+
+folder = Path(snakemake.params.folder)
+try:
+    line = f"{folder}: {keep_suite(Path(snakemake.params.suite), folder)} records kept"
+except BallastError as error:
+    line = f"error: {error}"
+Path(snakemake.log[0]).write_text(line + "\n")
+print(line, file=sys.stderr)
+sys.exit(line.startswith("error"))
