@@ -15,16 +15,25 @@ with momentum) moves them. Trained: keep_ratio x the parameters of the decoder l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
-from ballast.selective import copies, tune_all
+from ballast.selective import tune_all
+from ballast.sparse import (
+    gradient_scores,
+    grouped,
+    hold_masked,
+    keep_only,
+    kept,
+    largest_overall,
+    layer_parameters,
+    mask_gradients,
+    restore_masks,
+    start_of,
+    without_decay,
+)
 
 declaration = Declaration(
     title="FISH mask",
@@ -45,72 +54,39 @@ class Hyper:
 
 def attach(ctx: Context) -> None:
     tune_all(ctx)
-    ctx.scratch["start"] = copies(ctx)
+    start_of(ctx)
 
 
 def calibrate(ctx: Context) -> None:
-    scores = _fisher(ctx)
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    keep = max(1, int(flat.numel() * ctx.hyper.keep_ratio))
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    chosen[flat.topk(keep).indices] = True
-    parts = chosen.split([score.numel() for score in scores.values()])
-    for name, part in zip(scores, parts, strict=True):
-        # Positions, not a mask: 0.5 % of the entries are 25 times smaller so.
-        ctx.state[f"kept.{name}"] = part.nonzero().flatten()
-    restored(ctx)
+    single = grouped(ctx.batches(ctx.hyper.examples), 1)
+    fisher = gradient_scores(ctx, ctx.own(), single, summed=True)
+    count = sum(score.numel() for score in fisher.values())
+    keep_only(ctx, largest_overall(fisher, _count(ctx, count)))
 
 
 def restored(ctx: Context) -> None:
-    masks = {}
-    for name, p in ctx.own().items():
-        mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
-        mask[ctx.state[f"kept.{name}"].to(p.device)] = True
-        masks[name] = mask.view(p.shape)
-    ctx.scratch["masks"] = masks
+    restore_masks(ctx)
 
 
 def parameter_groups(ctx: Context) -> list[dict[str, Any]]:
-    return [{"params": list(ctx.own()), "weight_decay": 0.0}]
+    return without_decay(ctx)
 
 
 def after_backward(ctx: Context) -> None:
-    for name, p in ctx.own().items():
-        if p.grad is not None:
-            p.grad.mul_(ctx.scratch["masks"][name])
+    mask_gradients(ctx)
 
 
-@torch.no_grad()
 def after_step(ctx: Context) -> None:
-    masks, start = ctx.scratch["masks"], ctx.scratch["start"]
-    for name, p in ctx.own().items():
-        p.copy_(torch.where(masks[name], p, start[name]))
+    hold_masked(ctx)
 
 
 def trained_count(ctx: Context) -> int:
-    return sum(ctx.state[f"kept.{name}"].numel() for name in ctx.own())
+    return kept(ctx)
 
 
-def _fisher(ctx: Context) -> dict[str, Tensor]:
-    """Mean squared gradient of each candidate, fp32, over single examples."""
-    own = ctx.own()
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in own.items()}
-    was_training, count = ctx.model.training, 0
-    ctx.model.eval()
-    for example in _examples(ctx):
-        tokens = (example["labels"][:, 1:] != -100).sum()
-        loss = ctx.model(**example).loss * tokens  # the model's loss is a mean over these
-        grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-        for name, grad in zip(own, grads, strict=True):
-            if grad is not None:
-                total[name] += grad.float().square()
-        count += 1
-    ctx.model.train(was_training)
-    return {name: score / count for name, score in total.items()}
+def total_parameters(ctx: Context, size: int | None = None) -> int:
+    return _count(ctx, sum(p.numel() for p in layer_parameters(ctx).values()))
 
 
-def _examples(ctx: Context) -> Iterator[dict[str, Tensor]]:
-    assert ctx.batches is not None
-    for batch in ctx.batches(ctx.hyper.examples):
-        for i in range(len(batch["labels"])):
-            yield {key: value[i : i + 1] for key, value in batch.items()}
+def _count(ctx: Context, candidates: int) -> int:
+    return max(1, int(candidates * ctx.hyper.keep_ratio))

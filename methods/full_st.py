@@ -2,15 +2,19 @@
 
     theta <- theta - eta grad L,   theta = all parameters of all decoder layers
 
-Embeddings, final norm and head stay frozen, as does the vision tower; the connector trains where
-the variant says "tuned". Trainable: all parameters of the decoder layers.
+Embeddings, final norm and head stay frozen, as does the vision tower. The connector is frozen,
+trains in full (`connector: tuned`), or trains LoRA adapters of rank `connector_rank` on its linears
+beside the layers, at the same learning rate (`connector: adapted`). Trainable: all parameters of
+the decoder layers, and connector_rank (m + n) per adapted matrix of the connector.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ballast.context import Context
-from ballast.declare import Declaration
-from ballast.selective import tune_all
+from ballast.declare import Declaration, hyper
+from ballast.selective import connector_parameters, parameters_of, start_connector, tune_all
 
 declaration = Declaration(
     title="Full-ST",
@@ -24,8 +28,26 @@ declaration = Declaration(
 )
 
 
+@dataclass(frozen=True)
+class Hyper:
+    connector_rank: int = hyper(
+        8,
+        "chosen here: rank of LoRA on the connector where it is adapted; else without effect",
+        low=1,
+    )
+
+
 def attach(ctx: Context) -> None:
-    tune_all(ctx)
+    tune_all(ctx, ctx.hyper.connector_rank)
+
+
+def initialise(ctx: Context) -> None:
+    start_connector(ctx)
+
+
+def total_parameters(ctx: Context, size: int | None = None) -> int:
+    layers = parameters_of(ctx, ctx.anatomy.layer_names(ctx.model))
+    return layers + connector_parameters(ctx, ctx.hyper.connector_rank)
 
 
 def report(ctx: Context) -> dict[str, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ballast.context import Context
 from ballast.declare import Declaration
-from ballast.selective import layer_count, tune_layers
+from ballast.selective import connector_parameters, layer_count, parameters_of, tune_layers
 
+from .full_st import initialise  # noqa: F401
 from .top_st import Hyper  # noqa: F401
 
 declaration = Declaration(
@@ -25,7 +26,12 @@ def chosen(ctx: Context) -> list[str]:
 
 
 def attach(ctx: Context) -> None:
-    tune_layers(ctx, chosen(ctx))
+    tune_layers(ctx, chosen(ctx), ctx.hyper.connector_rank)
+
+
+def total_parameters(ctx: Context, size: int | None = None) -> int:
+    layers = parameters_of(ctx, chosen(ctx))
+    return layers + connector_parameters(ctx, ctx.hyper.connector_rank)
 
 
 def report(ctx: Context) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Top-ST: the k decoder layers nearest the input train in full (Full-ST on layers[:k]).
 
 The survey calls these layers the top: text and image first meet there. Its k was not available, so
-it is a setting and stands in the record as `tuned_layers`.
+it is a setting and stands in the record as `tuned_layers`. The connector is frozen, tuned or
+adapted as in Full-ST.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
-from ballast.selective import layer_count, tune_layers
+from ballast.selective import connector_parameters, layer_count, parameters_of, tune_layers
+
+from .full_st import initialise  # noqa: F401
 
 declaration = Declaration(
     title="Top-ST",
@@ -31,6 +34,11 @@ class Hyper:
         "below 1 a fraction of the layers, from 1 on their number",
         low=0.0,
     )
+    connector_rank: int = hyper(
+        8,
+        "chosen here: rank of LoRA on the connector where it is adapted; else without effect",
+        low=1,
+    )
 
 
 def chosen(ctx: Context) -> list[str]:
@@ -39,7 +47,12 @@ def chosen(ctx: Context) -> list[str]:
 
 
 def attach(ctx: Context) -> None:
-    tune_layers(ctx, chosen(ctx))
+    tune_layers(ctx, chosen(ctx), ctx.hyper.connector_rank)
+
+
+def total_parameters(ctx: Context, size: int | None = None) -> int:
+    layers = parameters_of(ctx, chosen(ctx))
+    return layers + connector_parameters(ctx, ctx.hyper.connector_rank)
 
 
 def report(ctx: Context) -> dict[str, float]:
