@@ -150,25 +150,27 @@ def make_plan(suite: Suite) -> pd.DataFrame:
 
 
 def left_out(suite: Suite) -> list[str]:
-    """Methods and variants of the suite that have no cells on a base, as "method on base"."""
+    """Methods and variants without cells on a base that they were not kept from by the suite.
+
+    Each as "method on base" or "method+variant on base".
+    """
     found = []
     for base in suite.config["bases"]:
+        here = set(suite.targets(base))
         for name, chosen in suite.chosen().items():
             method = suite.methods[name]
-            if not applies(suite, method, base):
-                found.append(f"{name} on {base}")
-            elif suite.kind(base) != VISION:
-                found += [
-                    f"{name}{'+' if variant else ''}{variant} on {base}"
-                    for variant, item in _variants(method, chosen)
-                    if item.get("connector", "frozen") != "frozen"
-                ]
+            fits = applies(suite, method, base)
+            for variant, item in _variants(method, chosen):
+                wanted = bool(here & set(item.get("targets", here)))
+                frozen = item.get("connector", "frozen") == "frozen"
+                if wanted and not (fits and (frozen or suite.kind(base) == VISION)):
+                    found.append(f"{name}{'+' if variant else ''}{variant} on {base}")
     return found
 
 
 def _variants(method: MethodFile, spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The method as set for the suite, and its variants, each a change of that."""
-    common = {k: spec[k] for k in ("connector", "learning_rate") if k in spec}
+    common = {k: spec[k] for k in ("connector", "learning_rate", "targets") if k in spec}
     found = [("", common | {"set": spec.get("set", {})})]
     for name, item in spec.get("variants", {}).items():
         merged = common | {k: v for k, v in item.items() if k != "set"}
@@ -184,10 +186,10 @@ def _trained(
         method = suite.methods[name]
         if not method.declaration.trains or not applies(suite, method, base.name):
             continue
-        if target not in chosen.get("targets", [target]):
-            continue
         sizes = _sizes(suite, method, chosen)
         for plain, item in _variants(method, chosen):
+            if target not in item.get("targets", [target]):
+                continue
             if item.get("connector", "frozen") != "frozen" and suite.kind(base.name) != VISION:
                 continue
             for rank, asked in sizes:
@@ -349,20 +351,23 @@ def _posthoc(
         method = suite.methods[name]
         if method.declaration.trains or not applies(suite, method, base.name):
             continue
-        if target not in chosen.get("targets", [target]):
-            continue
         for parent in chosen.get("parents", method.declaration.parents):
+            # A parent that runs on other targets alone has no such cell here; that is no mistake.
+            having = {other for other, label, _ in known if label == parent}
+            if having and target not in having:
+                continue
             targets = [target]
             if method.declaration.several_targets:
-                having = {other for other, label, _ in known if label == parent}
                 targets = [t for t in single_targets(suite, base.name) if t in having]
                 if having and (len(targets) < 2 or target not in targets):
                     continue
             for variant, item in _variants(method, chosen):
+                if target not in item.get("targets", [target]):
+                    continue
                 for seed in suite.seeds(base.name):
                     sources = [known.get((other, parent, seed)) for other in targets]
                     if None in sources or not sources:
-                        if _left_out(suite, base.name, parent):
+                        if _is_left_out(suite, base.name, parent):
                             continue
                         labels = {label for _, label, _ in known}
                         raise SuiteError(
@@ -375,7 +380,7 @@ def _posthoc(
     return rows
 
 
-def _left_out(suite: Suite, base: str, parent: str) -> bool:
+def _is_left_out(suite: Suite, base: str, parent: str) -> bool:
     """Whether a parent is a cell that this base does not have but another one may."""
     name, variant = re.fullmatch(r"(.+?)(?:-r\d+)?(?:\+(.+))?", parent).groups(default="")
     absent = {

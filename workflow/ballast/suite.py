@@ -366,22 +366,24 @@ def _check_method(suite: Suite, name: str, spec: dict[str, Any]) -> None:
         raise SuiteError(f"{where}.parents: {name} is not a post-hoc method")
     for text in spec.get("budgets", []):
         parse_budget(text)
-    targets = {target for base in suite.config["bases"] for target in suite.targets(base)}
-    for target in spec.get("targets", []):
-        if target not in targets:
-            raise SuiteError(f"{where}.targets: {unknown('target', target, targets)}")
     settings = [(where, spec)]
     settings += [(f"{where}.variants.{k}", v) for k, v in spec.get("variants", {}).items()]
+    targets = {target for base in suite.config["bases"] for target in suite.targets(base)}
     for key, item in settings:
+        for target in item.get("targets", []):
+            if target not in targets:
+                raise SuiteError(f"{key}.targets: {unknown('target', target, targets)}")
         try:
             method.settings(spec.get("set", {}) | item.get("set", {}), suite.folders)
         except MethodError as error:
             raise SuiteError(f"{key}.set: {error}") from None
-        if item.get("connector") == "adapted" and not _adapts_connector(method):
+        if item.get("connector") == "adapted" and not adapts_connector(method):
             raise SuiteError(f"{key}.connector: adapted; allowed for {name}: frozen, tuned")
 
 
-def _adapts_connector(method: MethodFile) -> bool:
-    """Whether a method can train adapters on the connector: selective ones say at which rank."""
-    names = {item.name for item in dataclasses.fields(method.hyper)}
-    return method.declaration.family != "selective" or "connector_rank" in names
+def adapts_connector(method: MethodFile) -> bool:
+    """Whether a method can train adapters on the connector: its own, or LoRA at a rank it names."""
+    declaration = method.declaration
+    if declaration.rank or declaration.family == "reparameterization":
+        return True
+    return "connector_rank" in {item.name for item in dataclasses.fields(method.hyper)}
