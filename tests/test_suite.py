@@ -71,7 +71,7 @@ BAD = [
         {"vlm_digit": {"step": 3}},
         ["bases.micro-vlm.targets.vlm_digit: unknown key 'step'", "mean 'steps'?"],
     ),
-    ("tuning", {"start": {"lroa": 0.1}}, ["tuning.start: unknown method", "mean 'lora'?"]),
+    ("tuning", {"start": {"lorra": 0.1}}, ["tuning.start: unknown method", "mean 'lora'?"]),
     (
         "methods.wise_ft",
         {"parents": ["fullst"]},
@@ -128,14 +128,14 @@ BAD = [
     # What does not fit together.
     ("methods.full_st", {"ranks": [2]}, ["methods.full_st.ranks: [2]; full_st has no rank"]),
     (
-        "methods.full_st",
+        "methods.fish",
         {"connector": "adapted"},
-        ["methods.full_st.connector: adapted; allowed for full_st: frozen, tuned"],
+        ["methods.fish.connector: adapted; allowed for fish: frozen, tuned"],
     ),
     (
-        "methods.full_st",
+        "methods.fish",
         {"variants": {"wide": {"connector": "adapted"}}},
-        ["methods.full_st.variants.wide.connector: adapted"],
+        ["methods.fish.variants.wide.connector: adapted"],
     ),
     ("methods.lora", {"parents": ["full_st"]}, ["methods.lora.parents: lora is not a post-hoc"]),
     ("methods.wise_ft", {"learning_rate": 1.0}, ["methods.wise_ft.learning_rate", "not train"]),
