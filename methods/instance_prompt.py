@@ -89,9 +89,12 @@ class InstancePrompt(SoftPrompt):
         shift = F.linear(F.relu(F.linear(f, self.w1, self.b1)), self.w2, self.b2)
         return self.prompt + shift[:, None]
 
-    def forget(self, *_: Any) -> None:
-        """The model's forward pre-hook: no image has been seen yet."""
+    def begin(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """The model's forward pre-hook: no image but those that `generate` has looked at before."""
+        outputs = (inputs.get("mm_encoder_outputs") or {}).get("image")
         self._images = None
+        if outputs is not None:
+            self._images = torch.stack([image.mean(0) for image in outputs.pooler_output])
 
     def see(self, _: nn.Module, __: tuple[Any, ...], features: Tensor) -> None:
         """The connector's forward hook: mean feature of each image."""
@@ -194,7 +197,7 @@ def attach(ctx: Context) -> None:
         module.marker = tuple(ctx.response_marker)
     attach_prefix(ctx, module)
     if ctx.anatomy.connector is not None:
-        ctx.model.register_forward_pre_hook(module.forget)
+        ctx.model.register_forward_pre_hook(module.begin, with_kwargs=True)
         ctx.model.get_submodule(ctx.anatomy.connector).register_forward_hook(module.see)
 
 

@@ -63,10 +63,11 @@ class EncodedPrompt(SoftPrompt):
         self.lstm = None
         widths = [width, hidden, hidden, width]
         if encoder == "lstm":
-            kind = {"dtype": self.prompt.dtype, "device": self.prompt.device}
-            self.lstm = nn.utils.skip_init(
-                nn.LSTM, width, hidden, num_layers=2, bidirectional=True, batch_first=True, **kind
+            kind = {"dtype": self.prompt.dtype, "device": "meta"}  # draws no random numbers
+            lstm = nn.LSTM(
+                width, hidden, num_layers=2, bidirectional=True, batch_first=True, **kind
             )
+            self.lstm = lstm.to_empty(device=like.device)
             widths = [2 * hidden, 2 * hidden, width]
         shapes = list(zip(widths[1:], widths[:-1], strict=True))
         self.weights = nn.ParameterList([parameter(shape, like) for shape in shapes])
