@@ -393,13 +393,14 @@ def mixture(make_model):
 @each
 def test_report_of_heads_against_an_oracle(name, mixture):
     tuner, by_task, asked = mixture(name)
-    model = tuner.ctx.model.train()
-    report = tuner.report()
-    assert model.training
-    assert asked == ["ant", "bee"]
+    model = tuner.ctx.model
+    for training in (True, False):
+        model.train(training)
+        report = tuner.report()
+        assert model.training == training
+    assert asked == 2 * ["ant", "bee"]
     assert all(isinstance(value, float) for value in report.values())
 
-    model.eval()
     heads = next(layer.heads for _, layer in tuner.ctx.adapters())
     means = {}
     for task, batch in by_task.items():
