@@ -9,11 +9,14 @@ mathematics cannot be imported on this machine can still be listed.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ballast.contents import content_of
 from ballast.errors import MethodError
 from ballast.files import key_of, sha256_file
 
@@ -34,10 +37,12 @@ class Declaration:
     random_start: the initialisation draws random numbers, so that the seed must reach it.
     learning_rate: the paper's; None for methods that do not train.
     learning_rate_source: where that rate stands.
+    learning_rate_at: keys, joined by dots, under which the method's settings may hold a rate that
+        takes the place of `learning_rate`.
     parents: selectors of the cells that a post-hoc method works on when the suite names none.
     several_targets: a post-hoc method that takes the parent's cells of all targets of the base.
     applies_to: kinds of base, of `KINDS`, where the method makes sense.
-    alternates: other parameters train from step to step, so that a step leaves some without gradient.
+    alternates: other parameters train from step to step: some get no gradient in a step.
     size: for a method without a rank, the integer hyper-parameter that sets how much it trains.
     """
 
@@ -50,6 +55,7 @@ class Declaration:
     rank: str | None = None
     learning_rate: float | None = None
     learning_rate_source: str = ""
+    learning_rate_at: str = ""
     parents: tuple[str, ...] = ()
     several_targets: bool = False
     applies_to: tuple[str, ...] = KINDS
@@ -82,12 +88,17 @@ def hyper(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    files: tuple[str, ...] | None = None,
 ) -> Any:
-    """Dataclass field of a hyper-parameter: the paper's default, its source, its allowed values."""
-    return field(
-        default=default,
-        metadata={"source": source, "low": low, "high": high, "choices": choices},
-    )
+    """Dataclass field of a hyper-parameter: the paper's default, its source, its allowed values.
+
+    files: names of JSON files whose contents, by name, are the value; a suite may give the contents
+    or a path (see `contents.content_of`).
+    """
+    known = {"source": source, "low": low, "high": high, "choices": choices, "files": files}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=known)
+    return field(default=default, metadata=known)
 
 
 @dataclass(frozen=True)
@@ -104,22 +115,39 @@ class MethodFile:
     digest: str
     defines: frozenset[str] = frozenset()
 
-    def settings(self, overrides: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, overrides: dict[str, Any], folders: Sequence[Path] = ()) -> dict[str, Any]:
         """Every hyper-parameter with its value after `overrides`, checked.
 
+        folders: where relative paths of files may start.
         Raises MethodError that names the key, the value and what is allowed.
         """
         fields = {f.name: f for f in dataclasses.fields(self.hyper)}
+        overrides = dict(overrides)
         for key, value in overrides.items():
             if key not in fields:
                 from ballast.errors import unknown
 
                 raise MethodError(unknown(f"hyper-parameter of {self.name}", key, fields))
-            _check(self.name, fields[key], value)
+            if files := fields[key].metadata.get("files"):
+                overrides[key] = content_of(f"{self.name}.{key}", value, files, folders)
+            else:
+                _check(self.name, fields[key], value)
         try:
             return dataclasses.asdict(self.hyper(**overrides))
         except (ValueError, TypeError) as error:
             raise MethodError(f"{self.name}: {error}") from None
+
+    def learning_rate(self, settings: dict[str, Any]) -> tuple[float | None, str]:
+        """The rate of these settings where the suite names none, and where it comes from."""
+        at = self.declaration.learning_rate_at
+        found: Any = settings
+        for key in at.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if at and found is not None:
+            if not isinstance(found, int | float) or not found > 0:
+                raise MethodError(f"{self.name}.{at}: {found!r}; a number above 0 is needed")
+            return float(found), f"method's {at.split('.')[0]}"
+        return self.declaration.learning_rate, "method's default"
 
 
 def _check(method: str, item: dataclasses.Field, value: Any) -> None:

@@ -29,7 +29,7 @@ def make_tune_plan(suite: Suite, plan: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for _, row in first.iterrows():
         spec = json.loads(row["spec"])
-        default = suite.methods[row["method"]].declaration.learning_rate
+        default, _ = suite.methods[row["method"]].learning_rate(spec["hyper"])
         start = tuning["start"].get(row["method"], default)
         for factor in tuning["factors"]:
             for seed in tuning["seeds"]:
