@@ -51,45 +51,46 @@ class Frequencies(DenseUpdate):
     """dW from coefficients theta [n_frequency] at `entries`, flat positions in [m, n].
 
     With real c, Re(ifft2(F)) = ifft2 of (F[p, q] + F[-p, -q]) / 2, of which the columns q <= n / 2
-    say everything: c_i / 2 lies there at (p_i, q_i), at its mirror, or at both.
+    say everything: half of c_i stands there at (p_i, q_i), at its mirror (-p_i, -q_i), or at both.
     """
 
     def __init__(self, base: nn.Linear, count: int, scaling: float) -> None:
         super().__init__(base, count)
-        m, n = base.weight.shape
-        self.factor = scaling / (m * n)
+        self.factor = scaling / base.weight.numel()
         for name in ("slots", "sources", "lookups"):
             self.register_buffer(name, None, persistent=False)
 
     def place(self, entries: Tensor) -> None:
         """Say where the coefficients stand. Without this the layer cannot be used."""
         m, n = self.base.weight.shape
-        entries = entries.to(self.theta.device)
         columns = n // 2 + 1
+        entries = entries.to(self.theta.device)
         p, q = entries // n, entries % n
-        mirrored_p, mirrored_q = -p % m, -q % n
-        here, there = q < columns, mirrored_q < columns
-        direct, mirror = p * columns + q, mirrored_p * columns + mirrored_q
+        minus_p, minus_q = -p % m, -q % n
+        here, mirrored = q < columns, minus_q < columns
         index = torch.arange(len(entries), device=entries.device)
-        # Twice: real and imaginary parts lie side by side, and coefficients are real.
-        self.slots = 2 * torch.cat([direct[here], mirror[there]])
-        self.sources = torch.cat([index[here], index[there]])
-        self.lookups = torch.where(here, direct, mirror)
+        # At -p: `spread` has a forward transform over p, which is the inverse one at -p.
+        slots = [(minus_p * columns + q)[here], (p * columns + minus_q)[mirrored]]
+        self.slots, self.sources = torch.cat(slots), torch.cat([index[here], index[mirrored]])
+        self.lookups = torch.where(here, p * columns + q, minus_p * columns + minus_q)
 
     def spread(self, theta: Tensor) -> Tensor:
         m, n = self.base.weight.shape
-        columns = n // 2 + 1
-        half = theta.new_zeros(m * columns * 2)
+        columns, rows = n // 2 + 1, m // 2 + 1
+        half = theta.new_zeros(m * columns)
         half.index_add_(0, self.slots, theta.index_select(0, self.sources), alpha=0.5 * self.factor)
-        spectrum = torch.view_as_complex(half.view(m, columns, 2))
-        # Two passes, not irfft2, which copies its input and takes two to four times as long.
-        return torch.fft.irfft(
-            torch.fft.ifft(spectrum, dim=0, norm="forward"), n=n, dim=1, norm="forward"
-        )
+        # Real in, real out: each pass of the transform needs one half only, and dW[a, b] =
+        # dW[-a, -b] gives the other rows. Less than half of the time of irfft2.
+        over_p = torch.fft.rfft(half.view(m, columns), dim=0).contiguous()
+        update = theta.new_empty(m, n)
+        update[:rows] = torch.fft.irfft(over_p, n=n, dim=1, norm="forward")
+        mirrored = update[1 : m - rows + 1]
+        update[rows:, 1:] = mirrored[:, 1:].flip(0, 1)
+        update[rows:, 0] = mirrored[:, 0].flip(0)
+        return update
 
     def gather(self, grad: Tensor) -> Tensor:
-        spectrum = torch.view_as_real(torch.fft.rfft2(grad))[..., 0]
-        return self.factor * spectrum.flatten()[self.lookups]
+        return self.factor * torch.fft.rfft2(grad).flatten()[self.lookups].real
 
 
 def attach(ctx: Context) -> None:
