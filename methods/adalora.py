@@ -248,7 +248,8 @@ def report(ctx: Context) -> dict[str, float]:
     found = {name: int(layer.kept.sum()) for name, layer in ctx.adapters()}
     roles = defaultdict(list)
     for name, rank in found.items():
-        roles[ctx.anatomy.role(name) or "connector"].append(rank)
+        other = "connector" if ctx.in_connector(name) else "other"
+        roles[ctx.anatomy.role(name) or other].append(rank)
     parameters = sum(found[n] * (sum(a.base.weight.shape) + 1) for n, a in ctx.adapters())
     return {
         "rank_total": sum(found.values()),
