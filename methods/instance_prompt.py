@@ -3,10 +3,10 @@
     prompt_i = P + meta(f_i) (added to every token),   P [tokens, d],   meta(f) = W2 relu(W1 f)
     W1 [d / reduction, d], W2 [d, d / reduction], both with bias                         (CoCoOp)
 
-f_i is the mean of what the connector gives for the example's image (vision-language), or of the
-embeddings of its question (text; IDPG, Wu et al., arXiv:2204.04497, encodes the sentence with a
-second model, or by its mean embedding as here). An example without image, or a text that has no
-question, gets P alone.
+f_i, scaled to length 1 as there, is the mean of what the connector gives for the example's image
+(vision-language), or of the embeddings of its question (text; IDPG, Wu et al., arXiv:2204.04497,
+encodes the sentence with a second model or by word vectors). An example without image, or a text
+that has no question, gets P alone.
 
 The question ends where `response_marker` first stands, so that nothing of a response is in f_i. Nor
 may f_i tell the first words of a question what the last ones are: those would otherwise be scored
@@ -17,8 +17,7 @@ everything, as in CoCoOp. Both are keys and values in front (`ballast.prompts`),
 so that they cost tokens x examples per forward; generation computes them in its first pass only.
 
 CoCoOp starts P at the words "a photo of a" (init: sampled takes words of the vocabulary) or normal
-with deviation 0.02 (random), and normalises f_i to length 1, as CLIP's features are; f_i here is
-divided by its root mean square for the same reason. meta starts as torch starts linear layers.
+with deviation 0.02 (random); meta starts as torch starts linear layers. Its encoders are CLIP's.
 
 Trainable: tokens d + (h d + h) + (d h + d), h = max(1, d // reduction).
 """
@@ -73,7 +72,7 @@ class Hyper:
 
 
 class InstancePrompt(SoftPrompt):
-    """P and the meta-net; `question` tells where a text's question ends, None with images."""
+    """P and the meta-net; `marker`: the tokens after a text's question, None where images tell."""
 
     def __init__(self, tokens: int, width: int, hidden: int, like: Tensor) -> None:
         super().__init__(tokens, width, like)
@@ -84,8 +83,7 @@ class InstancePrompt(SoftPrompt):
 
     def shifted(self, features: Tensor) -> Tensor:
         """P + meta(f), [batch, tokens, width], of features [batch, width]."""
-        f = features.to(self.w1.dtype)
-        f = f * f.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        f = F.normalize(features.to(self.w1.dtype), dim=-1)
         shift = F.linear(F.relu(F.linear(f, self.w1, self.b1)), self.w2, self.b2)
         return self.prompt + shift[:, None]
 
@@ -113,7 +111,7 @@ class InstancePrompt(SoftPrompt):
                 )
             pairs, visible = getattr(cache, MEMORY)
         else:
-            pairs, visible = self._of_examples(decoder, args, inputs)
+            pairs, visible = self._of_examples(decoder, inputs)
             if cache is None and _caches(decoder, inputs) and not self.training:
                 cache = inputs["past_key_values"] = DynamicCache(config=decoder.config)
             if cache is not None:
@@ -126,13 +124,11 @@ class InstancePrompt(SoftPrompt):
         return args, inputs | {"kv_prefix": Prefix(pairs, visible)}
 
     def _of_examples(
-        self, decoder: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+        self, decoder: nn.Module, inputs: dict[str, Any]
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Keys and values of a fresh batch, and which query sees which of them."""
         if self.marker is not None:
-            ids = (
-                inputs["input_ids"] if inputs.get("input_ids") is not None else (args or [None])[0]
-            )
+            ids = inputs.get("input_ids")
             if ids is None:
                 raise ValueError("an instance prompt for text needs input_ids, not inputs_embeds")
             return self._of_questions(decoder, ids, inputs.get("attention_mask"))

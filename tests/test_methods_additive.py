@@ -7,8 +7,8 @@ digits.
 Deviations of PEFT that these tests state:
   * prefix tuning fills the cache and counts tokens from P, so that its keys are ours turned by P
     positions; the oracle's rotation is shifted back;
-  * a left-padded batch that generates has its pads between prompt and tokens there, since PEFT
-    drops the position ids; here the tokens follow the prompt, as they do unpadded.
+  * in a left-padded batch that generates, PEFT drops the position ids and so has the pads between
+    a soft prompt and the tokens; here the tokens follow the prompt, as they do unpadded.
 """
 
 from __future__ import annotations
@@ -406,6 +406,18 @@ def test_same_generation_as_peft(case, both):
     )
 
 
+@pytest.mark.parametrize("case", ["prompt_tuning", "prefix_tuning"])
+def test_generation_of_a_left_padded_row_is_that_of_the_row_alone(case, both):
+    """Of PEFT this holds for its prefixes only: its prompts are parted from the row by the pads."""
+    tuner, wrapped, _, (batch, *_) = both(case)
+    inputs = {k: padded(batch, "left")[k] for k in ("input_ids", "attention_mask")}
+    alone = {k: v[1:2, 2:] for k, v in inputs.items()}
+    options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    for model, holds in ((tuner.ctx.model, True), (wrapped.eval(), case == "prefix_tuning")):
+        (row,), (single,) = (model.generate(**part, **options).scores for part in (inputs, alone))
+        assert (distance(row[1], single[0]) < 1e-6) == holds
+
+
 LEAVES = ["k_proj", "v_proj", "down_proj"]
 
 
@@ -544,7 +556,7 @@ def test_attention_that_takes_no_prefix_is_refused():
 
 
 def meta_by_hand(module, feature):
-    feature = feature / feature.square().mean().sqrt()
+    feature = feature / feature.square().sum().sqrt()
     inner = (module.w1 @ feature + module.b1).clamp_min(0)
     return module.prompt + (module.w2 @ inner + module.b2)
 
