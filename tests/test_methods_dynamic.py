@@ -631,6 +631,10 @@ def _slope(weights, tuned):
 # LoRASculpt.
 
 
+def _layers(tuner):
+    return [layer for _, layer in tuner.ctx.adapters()]
+
+
 def _conflict(weight, a, b):
     share = weight.abs() / weight.square().sum().sqrt()
     mask = torch.tanh((1 / torch.log(share + 1e-15)).abs())
@@ -710,6 +714,8 @@ def test_sculpt_mask_alone_conflict_alone_and_connector_alone(make_model, make_b
                 for n, layer in tuner.ctx.adapters()
                 if layer.A.grad is not None
             }
+        masked = any(layer.mask_A is not None for layer in _layers(tuner))
+        assert masked == (settings.get("density") != 1.0)  # no masks of ones are stored
         pruned = {tuner.ctx.in_connector(n) for n, whole in dense.items() if not whole}
         return touched, pruned
 
