@@ -15,15 +15,19 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
+    RobertaConfig,
+    RobertaForMaskedLM,
     SiglipVisionConfig,
 )
 
+from ballast.encoders import add_head
 from tiny import MARKER
 
 torch.set_num_threads(1)
 
 VOCABULARY = 64
 IMAGE_TOKEN = 63
+CLASSES = 3  # of the tiny encoder's head
 METHODS = Path(__file__).resolve().parents[1] / "methods"
 
 
@@ -83,12 +87,31 @@ def _llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-BUILDERS = {"llama": _llama, "llava": _llava}
+def _roberta() -> nn.Module:
+    """An encoder with a classification head, so that its batches have one class a row."""
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
+    model = RobertaForMaskedLM(config)
+    add_head(model, {"task": CLASSES}, seed=0)
+    return model
+
+
+BUILDERS = {"llama": _llama, "llava": _llava, "roberta": _roberta}
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., nn.Module]:
-    """make_model("llama" | "llava", dtype) -> a fresh deep copy of a tiny base."""
+    """make_model("llama" | "llava" | "roberta", dtype) -> a fresh deep copy of a tiny base."""
     originals: dict[str, nn.Module] = {}
 
     def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -101,7 +124,10 @@ def make_model() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def make_batches() -> Callable[..., list[dict[str, Tensor]]]:
-    """make_batches(kind, count, dtype, size) -> batches with labels on the second half only."""
+    """make_batches(kind, count, dtype, size) -> batches with labels on the second half only.
+
+    The encoder's have a class a row, at the second place.
+    """
 
     def make(
         kind: str, count: int = 1, dtype: torch.dtype = torch.float32, size: int = 3
@@ -118,6 +144,9 @@ def make_batches() -> Callable[..., list[dict[str, Tensor]]]:
             ids[:, 4] = MARKER[0]
             labels = ids.clone()
             labels[:, :5] = -100
+            if kind == "roberta":
+                labels[:] = -100
+                labels[:, 1] = ids[:, 1] % CLASSES
             found.append({"input_ids": ids, "labels": labels, **batch})
         return found
 

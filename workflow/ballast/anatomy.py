@@ -11,6 +11,8 @@ from ballast.errors import BallastError
 
 CONNECTORS = ("multi_modal_projector", "connector", "merger", "embed_vision")
 TOWERS = ("vision_tower", "visual", "vision_model")
+# Where encoders keep their layers, inside the base model.
+ENCODER_LAYERS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
 # What the linears of a layer are called by the architectures; the longest suffix that fits counts.
 ROLES = {
     "q": ("q_proj", "query", "query_proj"),
@@ -28,8 +30,9 @@ _ROLE = {suffix: role for role, suffixes in ROLES.items() for suffix in suffixes
 class Anatomy:
     """Dotted names of a model's parts.
 
-    language_model: the text decoder; layers: its list of decoder layers; embeddings: the input
-    embedding; connector and tower: None for a text model.
+    language_model: the text decoder, or the encoder; layers: its list of layers; embeddings: the
+    input embedding; connector and tower: None for a text model; encoder: whether the model is a
+    masked language model.
     """
 
     language_model: str
@@ -37,10 +40,13 @@ class Anatomy:
     embeddings: str
     connector: str | None
     tower: str | None
+    encoder: bool = False
 
     @property
     def kind(self) -> str:
-        """text or vision-language, as in `declare.KINDS`."""
+        """text, vision-language or encoder, as in `declare.KINDS`."""
+        if self.encoder:
+            return "encoder"
         return "text" if self.tower is None else "vision-language"
 
     def role(self, name: str) -> str | None:
@@ -76,10 +82,12 @@ def _first(model: nn.Module, leaves: Sequence[str]) -> str | None:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Find the parts of a causal or vision-language model of transformers.
+    """Find the parts of a causal, masked or vision-language model of transformers.
 
-    Raises BallastError for a model whose decoder layers cannot be found.
+    Raises BallastError for a model whose layers cannot be found.
     """
+    if type(model).__name__.endswith("ForMaskedLM"):
+        return _encoder(model)
     tower, connector = _first(model, TOWERS), _first(model, CONNECTORS)
     language = _first(model, ("language_model",)) or "model"
     try:
@@ -90,10 +98,25 @@ def anatomy_of(model: nn.Module) -> Anatomy:
             f"{type(model).__name__}: no decoder layers at {language}.layers; "
             "causal and image-text-to-text models of transformers are supported"
         ) from None
-    embeddings = next(
-        name for name, m in model.named_modules() if m is model.get_input_embeddings()
+    return Anatomy(language, layers, _embeddings(model), connector, tower)
+
+
+def _encoder(model: nn.Module) -> Anatomy:
+    """The parts of a masked language model: BERT's and RoBERTa's, DeBERTa's, DistilBERT's ..."""
+    base = model.base_model_prefix
+    for inner in ENCODER_LAYERS:
+        try:
+            model.get_submodule(f"{base}.{inner}")
+        except AttributeError:
+            continue
+        return Anatomy(base, f"{base}.{inner}", _embeddings(model), None, None, encoder=True)
+    raise BallastError(
+        f"{type(model).__name__}: no encoder layers at {base}.{f', {base}.'.join(ENCODER_LAYERS)}"
     )
-    return Anatomy(language, layers, embeddings, connector, tower)
+
+
+def _embeddings(model: nn.Module) -> str:
+    return next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
 
 
 def targets_of(model: nn.Module, modules: Sequence[str] | str, connector: str) -> tuple[str, ...]:

@@ -132,6 +132,7 @@ class _Work:
             "tokens": outcome.tokens,
             "resumed_from": outcome.resumed_from,
             "trainable_parameters": self.tuner.trained_count(),
+            "head_parameters": self.tuner.head_count() if "classes" in self.spec else None,
             "scale": _scale(self.tuner.ctx),
             "report": {
                 name: float(value)
@@ -150,14 +151,19 @@ class _Work:
     def edit(self) -> dict[str, Any]:
         """Run a post-hoc method on the finished parents; nothing is trained."""
         from ballast.context import PostHoc
+        from ballast.encoders import head_part
         from ballast.tuner import WEIGHT, load_method
 
         parents = [self._parent(name) for name in self.spec["parents"]]
+        # A head belongs to its target: the method does not see it, the own parent's is kept.
+        heads = {target: head_part(weights) for weights, target in parents}
+        parents = [({k: v for k, v in w.items() if k not in heads[t]}, t) for w, t in parents]
         with self.phases.phase("load"):
             self._load()
         method = load_method(self.layout.methods / f"{self.spec['method']}.py")
         changed = {key for weights, _ in parents for key in weights}
         state = self.base.model.state_dict()
+        state = {k: v for k, v in state.items() if k not in head_part(state)}
         context = PostHoc(
             # Copies of what `load` may write over; the rest is the model's own.
             base={k: v.cpu().clone() if k in changed else v.cpu() for k, v in state.items()},
@@ -167,11 +173,15 @@ class _Work:
             own=[target for _, target in parents].index(self.spec["target"]),
             model=self.base.model,
             anatomy=self.base.anatomy,
-            examples=lambda parent, count: self._examples_of(parents[parent][1], count),
+            examples=lambda parent, count: self._examples_of(parents[parent][1], count, heads),
         )
         with self.phases.phase("attach"):
             weights = method.post_hoc(context)
             context.load(None)
+        own = self.spec["target"]
+        if heads[own]:
+            self._give_head(own, heads[own])
+        weights |= heads[own]
         tensors = {WEIGHT + name: value for name, value in weights.items()}
         about = {
             "train_key": self.row["train_key"],
@@ -197,7 +207,8 @@ class _Work:
                 with self.phases.phase("merge"):
                     self.tuner.merge()
         tasks = read_tasks(self.layout.tasks)
-        delimiter = template_for(self.base.tokenizer, self.spec).delimiter
+        encoder = self.base.anatomy.kind == "encoder"
+        delimiter = "" if encoder else template_for(self.base.tokenizer, self.spec).delimiter
         record = blank_record(self.row, self.ready, tasks)
         with self.phases.phase("evaluate"):
             self.base.model.eval()
@@ -233,6 +244,9 @@ class _Work:
         record["costs"] = {
             "trainable_parameters": stored["trainable_parameters"],
             "total_parameters": stored["total_parameters"],
+            **(
+                {"head_parameters": stored.get("head_parameters")} if "classes" in self.spec else {}
+            ),
             "adapter_bytes": (self.folder / ADAPTER).stat().st_size,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "first_step_seconds": stored.get("first_step_seconds"),
@@ -262,6 +276,7 @@ class _Work:
         training = self.spec["training"]
         torch.set_num_threads(training["threads"])
         self.base = load_base(Path(self.ready["model"]), training["precision"], training["device"])
+        _add_head(self.base, self.spec)
         if self.base.multimodal:
             use_stored_features(self.base)
 
@@ -272,13 +287,29 @@ class _Work:
         tasks = self.spec.get("mixture", [self.spec["target"]])
         return joined([self._examples_of_task(task) for task in tasks])
 
-    def _examples_of(self, target: str, count: int) -> Iterator[dict[str, Any]]:
-        """Single training examples of another target, as a post-hoc method measures on them."""
+    def _examples_of(
+        self, target: str, count: int, heads: dict[str, dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """Single training examples of another target, as a post-hoc method measures on them.
+
+        An encoder carries that target's head while it is asked.
+        """
         from ballast.training import single_examples
 
+        if heads[target]:
+            self._give_head(target, heads[target])
         yield from single_examples(
             self._examples_of_task(target), count, self.spec["seed"], self.base.model.device
         )
+
+    def _give_head(self, target: str, tensors: dict[str, Any]) -> None:
+        """Put the trained head of a target in the place of the encoder's."""
+        from ballast.encoders import HEAD
+
+        own = target == self.spec["target"]
+        classes = self.spec["classes"] if own else [[target, len(tensors[f"{HEAD}.out.bias"])]]
+        _add_head(self.base, self.spec | {"classes": classes})
+        self.base.model.load_state_dict(tensors, strict=False)
 
     def _examples_of_task(self, task: str) -> Any:
         from ballast.data import load_split
@@ -286,10 +317,18 @@ class _Work:
 
         table, features = load_split(Path(self.ready["tasks"][task]["folder"]), "train")
         columns = table.with_format("numpy")[:]
+        classes, types = None, columns.get("token_type_ids")
+        if "label" in columns:
+            # Where a head has the classes of several tasks, a task's begin at its place there.
+            head = self.base.model.class_head
+            first = head.places(task).start if task in head.classes else 0
+            classes = (columns["label"] + first).tolist()
         return Examples(
             input_ids=list(columns["input_ids"]),
             prompt_lengths=columns["prompt_length"].tolist(),
             pad=self.base.tokenizer.pad_token_id,
+            classes=classes,
+            token_types=list(types) if types is not None else None,
             images=columns["image"].tolist() if features is not None else None,
             features=features.to(self.base.model.dtype) if features is not None else None,
             tasks=[task] * len(table),
@@ -324,10 +363,12 @@ def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
     from ballast.context import Context
     from ballast.declare import read_method
     from ballast.decompositions import Decompositions
+    from ballast.encoders import HeadTuner
     from ballast.template import template_for
     from ballast.tuner import Tuner, load_method
 
     method = load_method(layout.methods / f"{spec['method']}.py")
+    marker = () if base.anatomy.encoder else template_for(base.tokenizer, spec).marker()
     context = Context(
         model=base.model,
         anatomy=base.anatomy,
@@ -340,12 +381,22 @@ def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
         learning_rate=spec["learning_rate"],
         connector=spec["connector"],
         tasks=tuple(spec.get("mixture", [spec["target"]])),
-        response_marker=template_for(base.tokenizer, spec).marker(),
+        response_marker=marker,
     )
     if "budget" in spec:
         declaration = read_method(layout.methods / f"{spec['method']}.py").declaration
         context.resolved = resolve(spec["budget"], method, declaration, context)
+    if "classes" in spec:
+        return HeadTuner(method, context, spec["training"]["head_learning_rate"])
     return Tuner(method, context)
+
+
+def _add_head(base: Any, spec: dict[str, Any]) -> None:
+    """A fresh head for the classes of a target, if it is a classification."""
+    from ballast.encoders import add_head
+
+    if "classes" in spec:
+        add_head(base.model, dict(spec["classes"]), spec["seed"])
 
 
 def merged_weights(
@@ -362,6 +413,7 @@ def merged_weights(
     if not spec["merges"]:
         raise BallastError(f"{spec['method']} does not merge into plain weights")
     base = load_base(model, spec["training"]["precision"])
+    _add_head(base, spec)
     before = {k: v.detach().clone() for k, v in base.model.state_dict().items()}
     tuner = make_tuner(base, spec, layout)
     tuner.restore(tensors)

@@ -21,7 +21,7 @@ from ballast.errors import DataError
 from ballast.files import read_json, write_json
 from ballast.models import Base, tower_features
 from ballast.tasks import Task
-from ballast.template import Template, template_for
+from ballast.template import GAP, Encoding, Template, template_for
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +29,8 @@ MANIFEST = "manifest.json"
 def identity(row: dict[str, Any]) -> str:
     """The text by which a row is known: question and, for images, what the image shows."""
     text = row.get("text") or row["question"]
-    return " ".join(f"{row.get('identity', '')} {text}".lower().split())
+    parts = (row.get("identity", ""), text, row.get("pair", ""))
+    return " ".join(" ".join(parts).lower().split())
 
 
 def prepare_task(
@@ -51,6 +52,11 @@ def prepare_task(
     base = load()
     if task.image and not base.multimodal:
         raise DataError(f"{task.name} shows images, but the base is a text model")
+    if task.encoder != (base.anatomy.kind == "encoder"):
+        raise DataError(
+            f"{task.name} is a task of type {task.output_type}, but the base is "
+            + ("no encoder" if task.encoder else "an encoder")
+        )
     shutil.rmtree(folder, ignore_errors=True)
     made = {split: sources.rows(task.source, split, n) for split, n in entry["sizes"].items()}
     for split, rows in made.items():
@@ -60,9 +66,13 @@ def prepare_task(
     identities = {}
     for split, rows in made.items():
         features, images = _features(base, rows) if task.image else (None, [0] * len(rows))
-        tokens = features.shape[1] if features is not None else 0
-        template = template_for(base.tokenizer, spec, tokens)
-        table, lost = _table(rows, images, split, task, template, entry["max_length"])
+        if task.encoder:
+            encoding = Encoding(base.tokenizer, spec.get("template"))
+            table, lost = _encoded(rows, task, encoding, entry["max_length"])
+        else:
+            tokens = features.shape[1] if features is not None else 0
+            template = template_for(base.tokenizer, spec, tokens)
+            table, lost = _table(rows, images, split, task, template, entry["max_length"])
         table.save_to_disk(folder / split)
         if features is not None:
             save_file({"features": features.contiguous()}, folder / f"{split}.safetensors")
@@ -75,7 +85,10 @@ def prepare_task(
             "text_sha256": _digest(identities[split]),
         }
         report(f"{task.name} {split}: {len(table)} rows" + (f", {lost} too long" if lost else ""))
-        manifest["template"] = None if task.rolling else template.digest()
+        if task.encoder:
+            manifest["template"] = encoding.digest()
+        else:
+            manifest["template"] = None if task.rolling else template.digest()
     write_json(folder / "identities.json", identities)
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -83,6 +96,8 @@ def prepare_task(
 
 def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
     """Refuse rows that lack what a task of this kind scores."""
+    if task.encoder:
+        return _check_encoder_keys(rows, task, split)
     needed = ("text",) if task.rolling else ("question", "response")
     if task.output_type == "multiple_choice":
         needed += ("choices", "answer")
@@ -90,6 +105,30 @@ def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
         for key in needed:
             if key not in row:
                 raise DataError(f"{task.name} {split}, row {number}: no {key} in {sorted(row)}")
+
+
+def _check_encoder_keys(rows: list[sources.Row], task: Task, split: str) -> None:
+    """Refuse rows without a class that the task has, or whose gaps and words are not as many."""
+    for number, row in enumerate(rows, 1):
+        where = f"{task.name} {split}, row {number}"
+        if task.output_type == "masked_token":
+            sentences = f"{row.get('question', '')} {row.get('pair', '')}"
+            gaps, words = sentences.count(GAP), len(str(row.get("response", "")).split())
+            if "text" not in row and not gaps == words > 0:
+                raise DataError(f"{where}: {gaps} times {GAP} for {words} words of the response")
+        elif "question" not in row or class_of(row, task) is None:
+            raise DataError(
+                f"{where}: answer {row.get('answer')!r}, response {row.get('response')!r}; a "
+                f"question and one of the classes {', '.join(task.classes)} are needed"
+            )
+
+
+def class_of(row: sources.Row, task: Task) -> int | None:
+    """Index of a row's class, by its response's name or else its answer; None if it has none."""
+    if "response" in row:
+        return task.classes.index(row["response"]) if row["response"] in task.classes else None
+    answer = row.get("answer")
+    return answer if type(answer) is int and 0 <= answer < len(task.classes) else None
 
 
 def _digest(lines: list[str]) -> str:
@@ -162,6 +201,30 @@ def _table(
         records.append(record)
     if not records:
         raise DataError(f"{task.name} {split}: every row is longer than {max_length} tokens")
+    return datasets.Dataset.from_list(records), lost
+
+
+def _encoded(
+    rows: list[sources.Row], task: Task, encoding: Encoding, max_length: int | None
+) -> tuple[datasets.Dataset, int]:
+    """A split for an encoder, the same form for training and evaluation.
+
+    Rows longer than max_length, or than the encoder reads, are dropped and counted.
+    """
+    longest = min(max_length or encoding.longest, encoding.longest)
+    records, lost = [], 0
+    for row in rows:
+        if task.output_type == "masked_token":
+            record = encoding.masked(row)
+        else:
+            record = encoding.example(row) | {"label": class_of(row, task)}
+            record["prompt_length"] = len(record["input_ids"])  # no token carries loss
+        if len(record["input_ids"]) > longest:
+            lost += 1
+        else:
+            records.append(record)
+    if not records:
+        raise DataError(f"{task.name}: no row has at most {longest} tokens")
     return datasets.Dataset.from_list(records), lost
 
 

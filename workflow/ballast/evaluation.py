@@ -1,4 +1,7 @@
-"""Scoring a model on a prepared task: lm-eval runs the requests, local metrics score the items."""
+"""Scoring a model on a prepared task: lm-eval runs the requests, local metrics score the items.
+
+Encoders are asked by `encoders.EncoderLM`: lm-eval has no masked language models.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from ballast import metrics
 from ballast.data import load_split
+from ballast.encoders import EncoderLM
 from ballast.files import replacing
 from ballast.harness import ImageLM, TextLM
 from ballast.tasks import Task
@@ -29,14 +33,16 @@ class Scores:
 
 
 def score_task(
-    lm: TextLM | ImageLM, task: Task, folder: Path, delimiter: str, split: str = "test"
+    lm: TextLM | ImageLM | EncoderLM, task: Task, folder: Path, delimiter: str, split: str = "test"
 ) -> Scores:
     """Score a model on a split of a prepared task.
 
     The summary has `value` (the task's metric and unit), `n`, `loss` in nats per token of the true
-    response, and for text byte_perplexity.
+    response (or of the true class), and for text byte_perplexity.
     """
     table, features = load_split(folder, split)
+    if isinstance(lm, EncoderLM):
+        return _encoded(lm, task, table)
     if features is not None:
         assert isinstance(lm, ImageLM)
         lm.features = features
@@ -47,6 +53,15 @@ def score_task(
     if task.output_type == "multiple_choice":
         return _choices(lm, task, samples, delimiter)
     return _generated(lm, task, samples, delimiter)
+
+
+def _encoded(lm: EncoderLM, task: Task, table: datasets.Dataset) -> Scores:
+    """An encoder's tasks: gaps filled, or classes named."""
+    if task.output_type == "masked_token":
+        rows = lm.masked_tokens(table)
+    else:
+        rows = lm.classes(table, task.name, len(task.classes))
+    return _summary(task, pd.DataFrame(rows))
 
 
 def _run(

@@ -12,6 +12,7 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from ballast.encoders import EncoderLM
 from ballast.models import Base
 from ballast.template import parted
 
@@ -149,8 +150,10 @@ class ImageLM(_Whole, HFMultimodalLM):
         return answers
 
 
-def language_model(base: Base, batch_size: int) -> TextLM | ImageLM:
-    """lm-eval's model for a base, text or images."""
+def language_model(base: Base, batch_size: int) -> TextLM | ImageLM | EncoderLM:
+    """What asks a base: lm-eval's model, text or images, or our own for an encoder."""
+    if base.anatomy.kind == "encoder":
+        return EncoderLM(base, batch_size)
     options = {"pretrained": base.model, "batch_size": batch_size, "softmax_dtype": torch.float32}
     if base.multimodal:
         return ImageLM(tokenizer=base.processor, **options)

@@ -42,7 +42,8 @@ def pick_device(name: str) -> torch.device:
 def load_base(folder: Path, precision: str = "fp32", device: str = "cpu") -> Base:
     """Load a base from a transformers folder; safetensors only, no remote code.
 
-    Raises DataError if the folder is not a causal or an image-text-to-text model.
+    An encoder is loaded with its masked-LM head; `encoders.add_head` gives it one for classes.
+    Raises DataError if the folder is not a causal, a masked or an image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -65,6 +66,10 @@ def load_base(folder: Path, precision: str = "fp32", device: str = "cpu") -> Bas
         if not tokenizer.chat_template:
             tokenizer.chat_template = processor.chat_template
         model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    elif is_encoder(config):
+        processor = None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = _masked_model(folder, options)
     else:
         processor = None
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -73,6 +78,40 @@ def load_base(folder: Path, precision: str = "fp32", device: str = "cpu") -> Bas
         tokenizer.pad_token = tokenizer.eos_token
     model.to(pick_device(device)).eval()
     return Base(model, tokenizer, processor, anatomy_of(model))
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model's configuration is a masked language model's, and no decoder's.
+
+    Where it names no architecture, its type has to be one that transformers knows as masked only.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_decoder", False):
+        return False
+    if config.architectures:
+        return any(name.endswith("ForMaskedLM") for name in config.architectures)
+    kind = config.model_type
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in causal
+
+
+def _masked_model(folder: Path, options: dict[str, Any]) -> nn.Module:
+    """An encoder with the masked-LM head that it was pretrained with.
+
+    Raises DataError if the folder lacks weights, of that head for one: filled with random numbers,
+    it could not show what tuning forgets.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    model, found = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{folder.name}: no weights for {', '.join(missing[:3])}; an encoder is needed with "
+            "the masked-LM head of its pretraining"
+        )
+    return model
 
 
 class FeatureTower(nn.Module):

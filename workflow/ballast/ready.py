@@ -113,7 +113,8 @@ def _scores(
         if base.multimodal:
             use_stored_features(base)
         lm = language_model(base, batch_size)
-        delimiter = template_for(base.tokenizer, spec).delimiter
+        encoder = base.anatomy.kind == "encoder"
+        delimiter = "" if encoder else template_for(base.tokenizer, spec).delimiter
         for task in due:
             scores = score_task(lm, tasks[task], folders[task], delimiter)
             write_items(scores, places[task] / "items.parquet")

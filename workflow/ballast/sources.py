@@ -3,6 +3,9 @@
 A row has `question` and `response`; multiple-choice rows add `choices` and `answer` (an index);
 image rows add `image` (PIL, RGB); plain-text rows have `text` alone. `identity`, where present, is
 the text that tells two rows apart when question and response do not (the scene of an image).
+Rows for encoders may have a second sentence, `pair`. Those of a classification have `answer` (an
+index of the task's classes) or, as `response`, the class's name; those with gaps have `<mask>` in
+their sentences for each word of the response, or `text` alone, of which a part is masked.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ballast.layout import real_data
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
+KEYS = ("question", "pair", "response", "choices", "answer", "text", "image", "identity")
 
 
 def rows(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
@@ -44,6 +48,7 @@ def world_key(world: str, base: bool = False) -> str:
     names = {
         "micro-lm": ("worlds/text.py", "bases/micro_lm.py"),
         "micro-vlm": ("worlds/vision.py", "worlds/sprites.py", "bases/micro_vlm.py"),
+        "micro-encoder": ("worlds/encoder.py", "worlds/text.py", "bases/micro_encoder.py"),
     }[world]
     return key_of_files(*[package / n for n in names if base or not n.startswith("bases/")])
 
@@ -78,9 +83,10 @@ def _reader(source: dict[str, Any]) -> Callable[[dict[str, Any], str, int | None
 
 
 def _world(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
-    from ballast.worlds import text, vision
+    from ballast.worlds import encoder, text, vision
 
-    world = {"micro-lm": text, "micro-vlm": vision}[source["world"]]
+    worlds = {"micro-lm": text, "micro-vlm": vision, "micro-encoder": encoder}
+    world = worlds[source["world"]]
     made = world.rows(source["task"], split, count)
     for row in made:
         if "scene" in row:
@@ -243,16 +249,15 @@ def _mapped(item: dict[str, Any], source: dict[str, Any], where: str) -> Row:
     if not isinstance(item, dict):
         raise DataError(f"{where}: {item!r}; an object with the row's keys is expected")
     columns = source.get("columns", {})
-    row = {
-        key: item[columns.get(key, key)]
-        for key in ("question", "response", "choices", "answer", "text", "image", "identity")
-        if columns.get(key, key) in item
-    }
+    row = {key: item[columns.get(key, key)] for key in KEYS if columns.get(key, key) in item}
     if "choices" in row:
         right = _right_choice(row, where)
         if row.setdefault("response", right) != right:
             raise DataError(f"{where}: response is {row['response']!r}, the answer {right!r}")
-    for key in ("text",) if "text" in row else ("question", "response"):
+    needed = ("text",) if "text" in row else ("question", "response")
+    if "answer" in row and "response" not in row:
+        needed = ("question",)  # a class by its index
+    for key in needed + (("pair",) if "pair" in row else ()):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise DataError(f"{where}: {key} is {row.get(key)!r}; a text is expected")
     return row

@@ -67,6 +67,11 @@ class Task:
         return self.output_type in ENCODER_TYPES
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the classes of a classification, by index; empty for other tasks."""
+        return self.metadata.get("classes", [])
+
+    @property
     def image(self) -> bool:
         return "doc_to_image" in self.config
 
@@ -87,6 +92,13 @@ def read_task(path: Path) -> Task:
         raise SuiteError(f"{path.name}: metadata.unit {metadata['unit']!r}; allowed: {UNITS}")
     if metadata["unit"] == "points" and metadata["direction"] != "higher":
         raise SuiteError(f"{path.name}: points are 0 to 100 and higher is better")
+    classes = metadata.get("classes")
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if config["output_type"] == "classification" and not (named and len(set(classes)) > 1):
+        raise SuiteError(
+            f"{path.name}: metadata.classes is {classes!r}; the names of two classes or more are "
+            "expected, in the order of their indices"
+        )
     return Task(config["task"], path, config, sha256_file(path)[:16])
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 from typing import Any
 
 from ballast.errors import DataError
 
 IMAGE = "<image>"
+GAP = "<mask>"  # how rows write a masked word, whatever the tokenizer's mask is
+MASKED = 0.15  # share of the tokens of plain text that are masked (Devlin et al. 2019)
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,84 @@ def template_for(tokenizer: Any, spec: dict[str, Any], image_tokens: int = 0) ->
     token = getattr(tokenizer, "image_token", None) or IMAGE
     delimiter = " " if delimiter is None else delimiter
     return Template(tokenizer, text, delimiter, spec.get("end"), token, image_tokens)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an encoder reads a row: its sentence, or two, as its tokenizer joins them.
+
+    text: None or "chat" for the question as it is, or a text with {question}.
+    """
+
+    tokenizer: Any
+    text: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the encoder reads."""
+        return self.tokenizer.model_max_length
+
+    def example(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """input_ids of a row, and token_type_ids if the tokenizer tells two sentences apart."""
+        return self._encode(self._sentences(row))[0]
+
+    def masked(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """input_ids of a row with its gaps masked, their positions, and the answers there.
+
+        A word of several tokens is masked token by token. Of plain text a fixed share of tokens is
+        masked, chosen by the text alone.
+        """
+        sentences = [row["text"]] if "text" in row else self._sentences(row)
+        words = iter(str(row.get("response", "")).split())
+        filled, gaps = [], []
+        for number, sentence in enumerate(sentences):
+            parts = sentence.split(GAP) if "text" not in row else [sentence]
+            text = parts[0]
+            for part in parts[1:]:
+                word = next(words)
+                gaps.append((number, len(text), len(text) + len(word)))
+                text += word + part
+            filled.append(text)
+        inputs, places = self._encode(filled)
+        if "text" in row:
+            inner = [i for i, (number, _, _) in enumerate(places) if number is not None]
+            count = max(1, round(MASKED * len(inner)))
+            positions = sorted(random.Random(row["text"]).sample(inner, min(count, len(inner))))
+        else:
+            positions = [
+                i
+                for i, (number, start, end) in enumerate(places)
+                if any(number == n and start < last and end > first for n, first, last in gaps)
+            ]
+        ids = list(inputs["input_ids"])
+        answers = [ids[i] for i in positions]
+        for i in positions:
+            ids[i] = self.tokenizer.mask_token_id
+        return inputs | {"input_ids": ids, "positions": positions, "answers": answers}
+
+    def digest(self) -> str:
+        """Hash of how a fixed pair is encoded: provenance of what was asked."""
+        shown = self.example({"question": "QUESTION", "pair": "PAIR"})["input_ids"]
+        return hashlib.sha256(f"{self.text} {shown}".encode()).hexdigest()[:16]
+
+    def _sentences(self, row: dict[str, Any]) -> list[str]:
+        question = row["question"]
+        if self.text not in (None, "chat"):
+            question = self.text.format(question=question)
+        return [question, row["pair"]] if row.get("pair") else [question]
+
+    def _encode(
+        self, sentences: list[str]
+    ) -> tuple[dict[str, list[int]], list[tuple[int | None, int, int]]]:
+        """Model inputs, and by token its sentence (None: a special token), start and end in it."""
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"{type(self.tokenizer).__name__}: a fast tokenizer is needed, to find masked words"
+            )
+        encoded = self.tokenizer(*sentences, return_offsets_mapping=True)
+        names = [
+            k for k in ("input_ids", "token_type_ids") if k in self.tokenizer.model_input_names
+        ]
+        spans = zip(encoded.sequence_ids(), encoded["offset_mapping"], strict=True)
+        places = [(number, start, end) for number, (start, end) in spans]
+        return {name: encoded[name] for name in names}, places

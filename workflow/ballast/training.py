@@ -37,7 +37,9 @@ class Examples:
     """Tokenised training examples in memory.
 
     input_ids: token ids per example; prompt_lengths: how many of them carry no loss; images: row of
-    `features` [images, tokens, width] per example, or None for text; tasks: name of each one's task.
+    `features` [images, tokens, width] per example, or None for text; tasks: each one's task;
+    classes: its class, for classification, where no token carries loss; token_types: 0 or 1 by
+    token, for encoders that tell two sentences apart by them.
     """
 
     input_ids: list[np.ndarray]
@@ -46,12 +48,17 @@ class Examples:
     images: list[int] | None = None
     features: Tensor | None = None
     tasks: list[str] | None = None
+    classes: list[int] | None = None
+    token_types: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def batch(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Right-padded batch [rows, longest]: input_ids, attention_mask, labels, pixel_values."""
+        """Right-padded batch [rows, longest]: input_ids, attention_mask, labels, pixel_values.
+
+        Labels of a classification: the class at each row's second place (see `encoders`).
+        """
         longest = max(len(self.input_ids[i]) for i in rows)
         ids = np.full((len(rows), longest), self.pad, dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=np.int64)
@@ -61,7 +68,14 @@ class Examples:
             ids[place, : len(tokens)] = tokens
             mask[place, : len(tokens)] = 1
             labels[place, start : len(tokens)] = tokens[start:]
+        if self.classes is not None:
+            labels[:, 1] = [self.classes[row] for row in rows]
         made = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.token_types is not None:
+            made["token_type_ids"] = np.zeros_like(ids)
+            for place, row in enumerate(rows):
+                types = self.token_types[row]
+                made["token_type_ids"][place, : len(types)] = types
         batch = {k: torch.from_numpy(v).to(device) for k, v in made.items()}
         if self.features is not None and self.images is not None:
             batch["pixel_values"] = self.features[[self.images[i] for i in rows]].to(device)
@@ -85,7 +99,13 @@ def joined(parts: list[Examples]) -> Examples:
         images=images or None,
         features=torch.cat([part.features for part in parts]) if images else None,
         tasks=[task for part in parts for task in part.tasks],
+        classes=_together([part.classes for part in parts]),
+        token_types=_together([part.token_types for part in parts]),
     )
+
+
+def _together(parts: list[list[Any] | None]) -> list[Any] | None:
+    return None if None in parts else [item for part in parts for item in part]
 
 
 def single_examples(
@@ -132,7 +152,12 @@ def rate_factor(schedule: str, warmup: int, total: int, step: int) -> float:
 
 
 def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the response tokens of a batch, nats, computed in at least fp32."""
+    """Mean cross-entropy over the response tokens of a batch, nats, computed in at least fp32.
+
+    For an encoder with a head: over the classes of the batch.
+    """
+    if hasattr(model, "class_head"):
+        return model(**batch).loss
     labels = batch["labels"][:, 1:]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]

@@ -61,6 +61,10 @@ def _fill(source: dict[str, Any], folder: Path, report: Report) -> None:
         from ballast.bases import micro_vlm
 
         micro_vlm.pretrain(folder, source.get("seed", 0), report)
+    elif source.get("world") == "micro-encoder":
+        from ballast.bases import micro_encoder
+
+        micro_encoder.pretrain(folder, source.get("seed", 0), report)
     elif "llama2c" in source:
         from ballast.bases import llama2c
 
