@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ballast.adapters import LowRank
+from ballast.adapters import LoraForm, LowRank
 from ballast.context import Context
 from ballast.declare import hyper
 from ballast.errors import SuiteError
@@ -91,6 +91,17 @@ class Dash(LowRank):
     def delta(self) -> Tensor:
         update = super().delta()
         return update if self.u is None else update + (self.u * self.dsigma) @ self.v
+
+    @torch.no_grad()
+    def as_lora(self) -> LoraForm:
+        """The directions are further columns and rows: rank r + s'."""
+        form = super().as_lora()
+        if self.u is None:
+            return form
+        along, across = self.u * self.dsigma, self.v
+        if self.is_embedding:
+            along, across = self.v.T, (self.u * self.dsigma).T
+        return LoraForm(torch.cat([form.a, across]), torch.cat([form.scale * form.b, along], 1))
 
 
 def launch_step(ctx: Context) -> int:

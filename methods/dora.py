@@ -22,14 +22,14 @@ r (m + n) + m, of magnitude-only ones m.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ballast.adapters import Adapter, LowRank, adapter_dtype
+from ballast.adapters import Adapter, LoraForm, LowRank, adapter_dtype
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
 from ballast.errors import SuiteError
@@ -83,6 +83,11 @@ class Magnitude(Adapter):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         return self.base.weight.to(self.mag.dtype) * (self.mag / self.norms)[:, None]
+
+    @torch.no_grad()
+    def as_lora(self) -> LoraForm:
+        m, n = self.base.weight.shape
+        return LoraForm(self.mag.new_zeros(1, n), self.mag.new_zeros(m, 1), 1.0, self.mag)
 
 
 def _scaled(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,6 +159,9 @@ class Decomposed(LowRank):
     def merged_weight(self) -> Tensor:
         gain = self.mag / self.norm()
         return super().merged_weight() * (gain if self.is_embedding else gain[:, None])
+
+    def as_lora(self) -> LoraForm:
+        return replace(super().as_lora(), magnitude=self.mag)
 
 
 def attach(ctx: Context) -> None:

@@ -16,12 +16,14 @@ Trainable per matrix: 2 m + r.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ballast.adapters import LoraForm
 from ballast.context import Context
 from ballast.declare import Declaration
 
@@ -101,6 +103,9 @@ class DecomposedVera(Vera):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         return super().merged_weight() * (self.mag / self.norm())[:, None]
+
+    def as_lora(self) -> LoraForm:
+        return replace(super().as_lora(), magnitude=self.mag)
 
 
 def attach(ctx: Context) -> None:

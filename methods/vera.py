@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ballast.adapters import Adapter, adapter_dtype
+from ballast.adapters import Adapter, LoraForm, adapter_dtype
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
 from ballast.errors import SuiteError
@@ -121,6 +121,10 @@ class Vera(Adapter):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         return self.base.weight.to(self.d.dtype) + self.delta()
+
+    @torch.no_grad()
+    def as_lora(self) -> LoraForm:
+        return LoraForm(self.d[:, None] * self.A, self.b[:, None] * self.B)
 
 
 def multiplications(t: int, m: int, n: int, r: int, learns: bool) -> dict[str, int]:

@@ -6,6 +6,8 @@ scale that takes effect; y = x W0^T + s (x A^T) B^T.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,23 @@ class Adapter(nn.Module):
     def merged_weight(self) -> Tensor:
         """The weight of `merged()`, at the adapter's precision."""
         raise TypeError(f"{type(self).__name__} cannot be merged")
+
+    def as_lora(self) -> LoraForm | None:
+        """The adapter as LoRA on the untouched base, or None where it is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """W0 + scale b a, or with a magnitude [m] the rows of that, each of this length (DoRA).
+
+    a [r, n], b [m, r]; on an Embedding, whose weight is [V, d], a [r, V] and b [d, r].
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    magnitude: Tensor | None = None
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
@@ -139,3 +158,11 @@ class LowRank(Adapter):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         return self.base.weight.to(self.A.dtype) + self.delta()
+
+    @torch.no_grad()
+    def as_lora(self) -> LoraForm | None:
+        """s B A; an offset joins it, so that the base is the base: s (B A - B0 A0), of rank 2r."""
+        a, b = self.A, self.up()
+        if self.A0 is not None:
+            a, b = torch.cat([a, self.A0]), torch.cat([b, -self.B0], 1)
+        return LoraForm(a, b, self.scale)

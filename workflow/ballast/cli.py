@@ -3,6 +3,8 @@
 ballast retry [SUITE.yaml] [-- SNAKEMAKE ARGUMENTS]   try the failed cells again
 ballast cell SUITE.yaml CELL                          run one cell here, in this process
 ballast plan [SUITE.yaml]                             list the cells and their status
+ballast export CELL FOLDER [--merged]                 a cell as an adapter of PEFT's, or merged
+ballast methods [--write]                             the table of methods/README.md
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ballast.errors import BallastError, SuiteError
+from ballast.files import write_text
 from ballast.layout import Layout
 from ballast.status import forget_failed, make_plan_file, opening_text, statuses
 from ballast.suite import read_config
@@ -67,6 +70,25 @@ def _list(options: argparse.Namespace, layout: Layout) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace, layout: Layout) -> int:
+    from ballast.export import export_cell, find_cell
+
+    cell = find_cell(options.cell, layout.results)
+    print(export_cell(cell, options.folder, layout, options.merged))
+    return 0
+
+
+def _methods(options: argparse.Namespace, layout: Layout) -> int:
+    from ballast.index import PAGE, index_text
+
+    text = index_text(layout.methods)
+    if options.write:
+        write_text(layout.methods / PAGE, text)
+    else:
+        print(text)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors of the user's are one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -84,6 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="list the cells of a suite and their status")
     plan.add_argument("suite", type=Path, nargs="?", default=DEFAULT)
     plan.set_defaults(run=_list)
+    export = commands.add_parser("export", help="take a trained cell to PEFT, vLLM, transformers")
+    export.add_argument("cell", help="a cell's folder, its id, or a beginning of that")
+    export.add_argument("folder", type=Path, help="where to write")
+    export.add_argument("--merged", action="store_true", help="plain weights, not an adapter")
+    export.set_defaults(run=_export)
+    methods = commands.add_parser("methods", help="what every file of methods/ is")
+    methods.add_argument("--write", action="store_true", help="to methods/README.md")
+    methods.set_defaults(run=_methods)
     options = parser.parse_args(arguments)
     try:
         return options.run(options, Layout.here())
