@@ -30,16 +30,23 @@ declaration = Declaration(
 
 
 def attach(ctx: Context) -> None:
-    sizes = {name: ctx.model.get_submodule(name).weight.shape for name in ctx.targets}
+    allowed = allowed_sizes(ctx)
+    shapes = _shapes(ctx)
     attach_linears(ctx, lambda base: Blocks(base, ctx.rank))
-    for name, (m, n) in sizes.items():
-        if m % ctx.rank or n % ctx.rank:
-            sides = [side for shape in sizes.values() for side in shape]
-            allowed = ", ".join(map(str, common_divisors(*sides)))
-            raise SuiteError(
-                f"rank {ctx.rank} does not divide {name} [{m}, {n}] into square blocks; "
-                f"ranks that fit every adapted module: {allowed}"
-            )
+    if ctx.rank not in allowed:
+        name = next(n for n, shape in shapes.items() if any(side % ctx.rank for side in shape))
+        raise SuiteError(
+            f"rank {ctx.rank} does not divide {name} {list(shapes[name])} into square blocks; "
+            f"ranks that fit every adapted module: {', '.join(map(str, allowed))}"
+        )
+
+
+def allowed_sizes(ctx: Context) -> list[int]:
+    return common_divisors(*(side for shape in _shapes(ctx).values() for side in shape))
+
+
+def _shapes(ctx: Context) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(ctx.model.get_submodule(name).weight.shape) for name in ctx.targets}
 
 
 def parameter_count(m: int, n: int, rank: int) -> int:

@@ -96,12 +96,18 @@ class Frequencies(DenseUpdate):
 def attach(ctx: Context) -> None:
     count = ctx.hyper.n_frequency
     for name in ctx.targets:
-        m, n = ctx.model.get_submodule(name).weight.shape
-        if count > m * n:
+        weight = ctx.model.get_submodule(name).weight
+        if count > weight.numel():
             raise SuiteError(
-                f"n_frequency {count} is more than {name} [{m}, {n}] has entries: at most {m * n}"
+                f"n_frequency {count} is more than {name} {list(weight.shape)} has entries: "
+                f"at most {weight.numel()}"
             )
     attach_linears(ctx, lambda base: Frequencies(base, count, ctx.hyper.scaling))
+
+
+def allowed_sizes(ctx: Context) -> range:
+    entries = min(ctx.model.get_submodule(name).weight.numel() for name in ctx.targets)
+    return range(1, entries + 1)
 
 
 @torch.no_grad()

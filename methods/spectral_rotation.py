@@ -76,6 +76,11 @@ def attach(ctx: Context) -> None:
     attach_linears(ctx, lambda base: Rotational(base, ctx.rank, ctx.hyper.scale))
 
 
+def allowed_sizes(ctx: Context) -> range:
+    limit = min(min(ctx.model.get_submodule(name).weight.shape) for name in ctx.targets)
+    return range(1 if ctx.hyper.scale else 2, limit + 1)
+
+
 def parameter_groups(ctx: Context) -> list[dict[str, Any]]:
     gains = [name for name in ctx.own() if name.endswith(".gain")]
     others = [name for name in ctx.own() if name not in gains]

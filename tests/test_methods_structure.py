@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ballast.budget import resolve
+from ballast.declare import read_method
 from ballast.decompositions import Decompositions
 from ballast.disha import Blocks
 from ballast.errors import MethodError, SuiteError
@@ -325,6 +327,37 @@ def test_tile_has_to_divide_the_outputs(make_model):
     tuner = tuner_of("bone_mini", make_model("llama"), [], settings={"tile": 5})
     with pytest.raises(SuiteError, match=r"tile 5 does not divide .*allowed: 1, 2, 4, 8, 16"):
         tuner.start()
+
+
+def _resolved(name, model, budget, **settings):
+    tuner = tuner_of(name, model, [], settings=settings)
+    found = resolve(
+        budget, tuner.method, read_method(METHODS / f"{name}.py").declaration, tuner.ctx
+    )
+    tuner.start()
+    assert found["resolved_parameters"] == tuner.trained_count() <= budget
+    return found["resolved_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "expected"),
+    [
+        ("bone", 6000, 6),  # 896 r in all: 4 layers of 32 + 16 + 16 + 32 + 48 + 48 + 32 outputs ...
+        ("bat", 6000, 4),  # ... of which a block's side has to be a divisor
+        ("bone_mini", 2000, 16),
+        ("fourierft", 3000, 107),
+        ("fourierft", 10**6, 512),  # no more than the smallest matrix has entries
+        ("spectral_rotation", 1000, 4),
+    ],
+)
+def test_equal_budgets_resolve_to_sizes_that_work(name, budget, expected, make_model):
+    assert _resolved(name, make_model("llama"), budget) == expected
+
+
+def test_a_budget_for_one_turning_column_is_refused(make_model):
+    with pytest.raises(SuiteError, match="smallest size of this method, 2"):
+        _resolved("spectral_rotation", make_model("llama"), 100)
+    assert _resolved("spectral_rotation", make_model("llama"), 100, scale=True) == 1
 
 
 def test_unknown_grouping_is_refused(make_model):
