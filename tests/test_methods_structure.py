@@ -78,13 +78,13 @@ MISS = {
     "bone": ("bone", 4, {"grouping": "strided"}, {"init_weights": True}),
     "bone, r does not divide n": ("bone", 5, {"grouping": "strided"}, {"init_weights": True}),
     "bone mini": (
-        "bone_mini",
+        "disha",
         4,
         {"grouping": "strided", "tile": 8},
         {"init_weights": "mini", "mini_r": 8},
     ),
     "bone mini, one column": (
-        "bone_mini",
+        "disha",
         7,
         {"grouping": "strided", "tile": 1},
         {"init_weights": "mini", "mini_r": 1},
@@ -242,7 +242,7 @@ def rotation_formula(weight, own):
 FORMULAS = {
     "bone": ("bone", 4, {}, bone_formula("contiguous")),
     "bone, r does not divide n": ("bone", 5, {}, bone_formula("contiguous")),
-    "bone mini": ("bone_mini", 3, {"tile": 8}, bone_formula("contiguous")),
+    "bone mini": ("disha", 3, {"tile": 8}, bone_formula("contiguous")),
     "bat": ("bat", 8, {}, bat_formula),
     "fourierft": ("fourierft", 4, {}, None),
     "spectral_additive": ("spectral_additive", 3, {}, additive_formula),
@@ -324,7 +324,7 @@ def test_bat_needs_square_blocks(rank, make_model):
 
 
 def test_tile_has_to_divide_the_outputs(make_model):
-    tuner = tuner_of("bone_mini", make_model("llama"), [], settings={"tile": 5})
+    tuner = tuner_of("disha", make_model("llama"), [], settings={"tile": 5})
     with pytest.raises(SuiteError, match=r"tile 5 does not divide .*allowed: 1, 2, 4, 8, 16"):
         tuner.start()
 
@@ -344,7 +344,7 @@ def _resolved(name, model, budget, **settings):
     [
         ("bone", 6000, 6),  # 896 r in all: 4 layers of 32 + 16 + 16 + 32 + 48 + 48 + 32 outputs ...
         ("bat", 6000, 4),  # ... of which a block's side has to be a divisor
-        ("bone_mini", 2000, 16),
+        ("disha", 2000, 16),
         ("fourierft", 3000, 107),
         ("fourierft", 10**6, 512),  # no more than the smallest matrix has entries
         ("spectral_rotation", 1000, 4),
@@ -448,7 +448,7 @@ def test_a_change_below_the_rounding_of_a_bf16_base_is_not_lost(name):
     assert share(F.linear(x, layer.merged_weight().bfloat16(), base.bias)) < 0.8  # rounded away
 
 
-HALVES = ["bone", "bone_mini", "bat", "fourierft", "spectral_additive", "spectral_rotation"]
+HALVES = ["bone", "disha", "bat", "fourierft", "spectral_additive", "spectral_rotation"]
 
 
 @pytest.mark.parametrize("half", ["bf16 base", "autocast"])

@@ -35,7 +35,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"tokens": 3},
     "p_tuning": {"tokens": 3},
     "instance_prompt": {"tokens": 3, "reduction": 4},
-    "bone_mini": {"tile": 4},
+    "disha": {"tile": 4},
     "fourierft": {"n_frequency": 40, "scaling": 30.0},
     "moe_lora": {"experts": 2},
     "hydra_lora": {"alpha_over_r": 2.0},  # bounds on bf16 are for updates of LoRA's size

@@ -1,9 +1,11 @@
-"""Bone mini: Bone whose matrix is also repeated over the outputs (PEFT's MiSS "mini").
+"""DiSHA: all shards of a weight share one small matrix D as their update, dW = expand(D).
 
     y = W0 x + z [D D ... D],   D [r, tile] at zero,   z as in Bone
 
-Outputs o and o + tile change alike; tile = m would be Bone. It has to divide every m. PEFT's
-default of one column is kept. Trainable per matrix: r tile.
+The general form of the family: D is repeated over r groups of inputs and over the outputs, so that
+outputs o and o + tile change alike. tile = m is Bone, which has a file of its own; PEFT's MiSS
+"mini" is this with tile = mini_r, whose default of one column is kept. tile has to divide every m.
+Trainable per matrix: r tile.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from ballast.errors import SuiteError
 from ballast.structured import attach_linears
 
 declaration = Declaration(
-    title="Bone mini (DiSHA, MiSS)",
+    title="DiSHA",
     citation="Kang and Yin, DiSHA / MiSS: Revisiting the Trade-off in LoRA with an Efficient "
-    "Shard-Sharing Structure, 2024, arXiv:2409.15371 (as in PEFT 0.21)",
+    "Shard-Sharing Structure, 2024, arXiv:2409.15371",
     family="reparameterization",
     rank="number r of groups into which the inputs are summed, rows of D",
     merges=True,
