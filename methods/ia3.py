@@ -6,7 +6,7 @@ l_k and l_v scale outputs, bias included; l_ff scales the input of the feed-forw
 linear, f(x) being what the block computes before it. Merged exactly: rows of W_k and W_v, columns
 of W_down. As in PEFT's IA3. No weight decay: it would pull the scales to 0 rather than to 1.
 
-Only linears among the suite's `modules` are scaled. There is no rank and no size: trainable are the
+Only linears among the suite's `modules` are scaled. There is no rank and no size. Trainable: the
 widths of k and v and of the feed-forward block's inside, summed over the layers.
 """
 

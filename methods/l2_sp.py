@@ -5,7 +5,8 @@
 over the parameters that Full-ST trains (a connector tuned beside them is left alone, as the paper
 leaves the new head to plain decay). The sum is the paper's. The NRCA scripts use the *mean* over
 trainable tensors of the mean squared difference, times 1e-3: smaller by about the number of
-parameters, and without effect at their own sizes. theta0 is kept beside theta.
+parameters, and without effect at their own sizes. theta0 is kept beside theta. Trainable: all
+parameters of the decoder layers.
 """
 
 from __future__ import annotations

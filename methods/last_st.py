@@ -1,4 +1,7 @@
-"""Last-ST: the k decoder layers nearest the output train in full (Top-ST on layers[-k:])."""
+"""Last-ST: the k decoder layers nearest the output train in full (Top-ST on layers[-k:]).
+
+Trainable: all parameters of k decoder layers.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The survey calls these layers the top: text and image first meet there. Its k was not available, so
 it is a setting and stands in the record as `tuned_layers`. The connector is frozen, tuned or
-adapted as in Full-ST.
+adapted as in Full-ST. Trainable: all parameters of k decoder layers.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
-from tiny import backward, distance, logits, optimiser_of, randomise, train, tuner_of
+from ballast.tuner import load_method
+from ballast.twins import TWINS
+from tiny import METHODS, backward, distance, logits, optimiser_of, randomise, train, tuner_of
 
 DOUBLE = torch.float64
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -31,18 +33,15 @@ LINEAR = {
 }
 EMBEDDING = LINEAR | {"A": "lora_embedding_A.default", "B": "lora_embedding_B.default"}
 
-# method -> settings of PEFT's LoraConfig at rank 4 with the same scale
+# method -> settings of PEFT's LoraConfig at rank 4 with the same scale, as the index names them
 SAME = {
-    "lora": {"lora_alpha": 8},
-    "rslora": {"lora_alpha": 8, "use_rslora": True},
-    "dora": {"lora_alpha": 8, "use_dora": True},
-    "pissa": {"lora_alpha": 4, "init_lora_weights": "pissa"},
-    "olora": {"lora_alpha": 4, "init_lora_weights": "olora"},
+    name: TWINS[name].options(4, load_method(METHODS / f"{name}.py").Hyper())
+    for name in ("lora", "rslora", "dora", "pissa", "olora")
 }
 
 
 def peft_of(model, kind, **settings):
-    config = peft.LoraConfig(r=4, **({"target_modules": REGEX[kind]} | settings))
+    config = peft.LoraConfig(**({"r": 4, "target_modules": REGEX[kind]} | settings))
     return peft.get_peft_model(model, config)
 
 

@@ -1,181 +1,137 @@
-"""What a method costs: its step over the frozen base's and over PEFT's; and where time goes.
+"""`snakemake benchmark`: where a run's time went, and what every method costs.
 
-A step here is forward, backward and the method's own moments up to the gradients; the optimiser
-step is not included, because every method of a suite shares the same optimiser. Base, ours and
-PEFT's run in one process in turn, so that a busy machine slows all three alike; the ratio of each
-round is kept.
+Each row compares one method at one shape with the frozen base's own forward and activation-gradient
+step, and with PEFT's twin of the method (`twins.py`); what is measured, and how: `measure.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import time
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom
 
-from ballast.anatomy import anatomy_of, targets_of
-from ballast.context import Context
 from ballast.declare import MethodFile
-from ballast.decompositions import Decompositions
-from ballast.tuner import Tuner, load_method
+from ballast.errors import BallastError, SuiteError, unknown
+from ballast.measure import (
+    Shape,
+    inference,
+    interleaved,
+    median_interval,
+    peak_bytes,
+    runners,
+    saved_bytes,
+)
+from ballast.models import DTYPES
 
-RANK = 16
-SHAPE = {"hidden": 512, "layers": 4, "batch": 4, "length": 256}
-# PEFT's configuration for the methods that it has; LoRA+ differs from LoRA in the optimiser alone.
-PEFT: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "lora_plus": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
-
-
-def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Median and its distribution-free interval from order statistics (binomial)."""
-    ordered, count = np.sort(values), len(values)
-    low = max(0, int(binom.ppf((1 - level) / 2, count, 0.5)) - 1)
-    return float(np.median(ordered)), float(ordered[low]), float(ordered[count - 1 - low])
+PAIRS = (("ours", "base"), ("peft", "base"), ("ours", "peft"))
+MB = 2**20
 
 
-def make_model() -> torch.nn.Module:
-    """A Llama of the benchmark's shape with fixed random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: every combination of widths, token counts and precisions.
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=SHAPE["hidden"],
-        intermediate_size=4 * SHAPE["hidden"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=512,
-        max_position_embeddings=SHAPE["length"],
-    )
-    return LlamaForCausalLM(config).train()
+    methods: names, or empty for all that train on text; generated: tokens of the inference part,
+    0 leaves it out.
+    """
 
+    hidden: tuple[int, ...] = (512,)
+    tokens: tuple[int, ...] = (1024,)
+    precision: tuple[str, ...] = ("fp32",)
+    methods: tuple[str, ...] = ()
+    rounds: int = 10
+    rank: int = 16
+    layers: int = 4
+    generated: int = 16
 
-def _batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 512, (SHAPE["batch"], SHAPE["length"]), generator=generator)
-    return {"input_ids": ids, "labels": ids}
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Settings:
+        """From a suite's `benchmark` block; a single value stands for a list of one.
 
+        Raises SuiteError for a key or a precision that there is not.
+        """
+        known = cls.__dataclass_fields__
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise SuiteError(f"benchmark: {unknown('key', key, known)}")
+            many = isinstance(known[key].default, tuple)
+            single = many and not isinstance(value, list | tuple)
+            found[key] = (value,) if single else tuple(value) if many else value
+        for name in found.get("precision", ()):
+            if name not in DTYPES:
+                raise SuiteError(f"benchmark.precision: {name!r}; allowed: {', '.join(DTYPES)}")
+        return cls(**found)
 
-def _base_step(model: torch.nn.Module) -> Callable[[], None]:
-    """Forward, and the gradient of activations alone: what no adapter method can avoid."""
-    model.requires_grad_(False)
-    batch = _batch()
-    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-
-    def step() -> None:
-        embedded.grad = None
-        model(inputs_embeds=embedded, labels=batch["labels"], use_cache=False).loss.backward()
-
-    return step
-
-
-def _our_step(model: torch.nn.Module, method: MethodFile) -> Callable[[], None]:
-    module = load_method(method.path)
-    ctx = Context(
-        model=model,
-        anatomy=anatomy_of(model),
-        hyper=_hyper(module),
-        rank=RANK if method.declaration.rank else None,
-        targets=targets_of(model, "all", "frozen"),
-        generator=torch.Generator().manual_seed(0),
-        cache=Decompositions(),
-        total_steps=100,
-        learning_rate=1e-3,
-    )
-    batch = _batch()
-    ctx.batches = lambda count: iter([{k: v[:1] for k, v in batch.items()}] * count)
-    tuner = Tuner(module, ctx)
-    tuner.start()
-    _disturb(ctx.trainable())
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        loss = model(**batch, use_cache=False).loss
-        penalty = tuner.penalty()
-        (loss if penalty is None else loss + penalty).backward()
-        tuner.after_backward()
-
-    return step
+    def shapes(self) -> Iterator[Shape]:
+        """Every combination, the small ones first."""
+        for hidden in self.hidden:
+            for tokens in self.tokens:
+                for precision in self.precision:
+                    yield Shape(hidden, tokens, precision, self.rank, self.layers)
 
 
-def _hyper(module: ModuleType) -> Any:
-    """The method's defaults, dropout 0; calibration, which is no part of a step, is kept short."""
-    if not hasattr(module, "Hyper"):
-        return None
-    wanted = {"dropout": 0.0, "examples": 2}
-    known = {field.name for field in dataclasses.fields(module.Hyper)}
-    return module.Hyper(**{key: value for key, value in wanted.items() if key in known})
-
-
-def _peft_step(model: torch.nn.Module, options: dict[str, Any]) -> Callable[[], None]:
-    from peft import LoraConfig, get_peft_model
-
-    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=leaves, **options)
-    wrapped = get_peft_model(model, config)
-    _disturb({n: p for n, p in wrapped.named_parameters() if p.requires_grad})
-    batch = _batch()
-
-    def step() -> None:
-        wrapped.zero_grad(set_to_none=True)
-        wrapped(**batch, use_cache=False).loss.backward()
-
-    return step
-
-
-@torch.no_grad()
-def _disturb(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Move away from zero: at B = 0 half of the work could be skipped."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in parameters.values():
-        parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def step_times(method: MethodFile, rounds: int, with_peft: bool) -> dict[str, Any]:
-    """One method's row: median ratios with 95 % intervals over interleaved rounds."""
-    model = make_model()
-    steps = {
-        "base": _base_step(copy.deepcopy(model)),
-        "ours": _our_step(copy.deepcopy(model), method),
+def measure(
+    method: MethodFile, shape: Shape, rounds: int, generated: int, with_peft: bool
+) -> dict[str, Any]:
+    """One row: ratios are medians over interleaved rounds with 95 % intervals."""
+    found = runners(shape, method, with_peft)
+    for runner in found.values():
+        runner.step()
+    row: dict[str, Any] = {
+        "method": method.name,
+        "hidden": shape.hidden,
+        "tokens": shape.tokens,
+        "dtype": shape.precision,
+        "rank": shape.rank,
+        "layers": shape.layers,
+        "rounds": rounds,
     }
-    if with_peft and method.name in PEFT:
-        steps["peft"] = _peft_step(copy.deepcopy(model), PEFT[method.name])
-    for step in steps.values():
-        step()
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name].append(_seconds(steps[name]))
-    row: dict[str, Any] = {"method": method.name, "rounds": rounds}
-    row["base_ms"] = 1000 * float(np.median(found["base"]))
-    pairs = [("ours", "base"), ("peft", "base"), ("ours", "peft")]
-    for top, bottom in pairs:
-        ratio = (None, None, None)
+    seconds = interleaved({name: runner.step for name, runner in found.items()}, rounds)
+    row["base_ms"] = 1000 * float(np.median(seconds["base"]))
+    for top, bottom in PAIRS:
+        ratio: tuple[float | None, ...] = (None, None, None)
         if top in found and bottom in found:
-            ratio = median_interval(list(np.divide(found[top], found[bottom])))
+            ratio = median_interval(list(np.divide(seconds[top], seconds[bottom])))
         for label, value in zip(("", "_low", "_high"), ratio, strict=True):
             row[f"{top}_over_{bottom}{label}"] = value
+    for name, prefix in (("ours", ""), ("peft", "peft_")):
+        runner = found.get(name)
+        row[f"{prefix}start_seconds"] = runner.started if runner else None
+    saved = {name: saved_bytes(runner) for name, runner in found.items()}
+    peak = {name: peak_bytes(runner) for name, runner in found.items()}
+    row["base_saved_mb"] = saved["base"] / MB
+    for name, prefix in (("ours", ""), ("peft", "peft_")):
+        measured = name in found
+        row[f"{prefix}saved_extra_mb"] = (saved[name] - saved["base"]) / MB if measured else None
+        row[f"{prefix}memory_over_base"] = peak[name] / peak["base"] if measured else None
+    # What selective tuning has changed is plain weights: there is nothing to generate unmerged.
+    plain = method.declaration.family == "selective"
+    return row | _inference(found, rounds, 0 if plain else generated)
+
+
+def _inference(found: dict[str, Any], rounds: int, generated: int) -> dict[str, float | None]:
+    """Latency per token and bytes of the cache, unmerged, over the base's."""
+    row: dict[str, float | None] = {}
+    steps, held = {}, {}
+    if generated:
+        for name, runner in found.items():
+            steps[name], held[name] = inference(runner, tokens=generated)
+    seconds = interleaved(steps, max(1, rounds // 3)) if steps else {}
+    base = float(np.median(seconds["base"])) if generated else None
+    row["base_token_ms"] = 1000 * base / generated if base else None
+    row["base_cache_bytes"] = held.get("base")
+    for name, prefix in (("ours", ""), ("peft", "peft_")):
+        both = generated and name in found
+        ratio = np.median(np.divide(seconds[name], seconds["base"])) if both else None
+        row[f"{prefix}token_over_base"] = float(ratio) if both else None
+        row[f"{prefix}cache_extra_bytes"] = held[name] - held["base"] if both else None
     return row
 
 
@@ -203,42 +159,81 @@ def time_by_phase(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def to_markdown(steps: pd.DataFrame, phases: pd.DataFrame, about: str) -> str:
     """Both tables as Markdown, with what was measured and how."""
+    shown = steps.drop(columns=[c for c in steps if c.endswith(("_low", "_high"))])
     lines = ["# Where the time goes", "", "Seconds, summed over finished cells, by phase.", ""]
     lines += [phases.to_markdown(index=False, floatfmt=".2f"), "", "# Cost of a training step", ""]
-    lines += [about, "", steps.to_markdown(index=False, floatfmt=".3f"), ""]
+    lines += [about, "", shown.to_markdown(index=False, floatfmt=".3f"), ""]
     return "\n".join(lines)
+
+
+def _about(settings: Settings, version: str | None) -> str:
+    return (
+        "Training step (forward, backward, the method's work on loss and gradients; no optimiser) "
+        f"over the frozen base's own forward and activation-gradient step, and over PEFT {version}'"
+        f"s: medians over {settings.rounds} interleaved rounds, intervals in steps.csv; rank "
+        f"{settings.rank}, {settings.layers} layers, dropout 0, {torch.get_num_threads()} threads. "
+        "saved: what forward keeps for backward, beyond the base's; memory: parameters, buffers "
+        "and the step's peak; token: latency per generated token, unmerged; cache: bytes beyond "
+        "the base's."
+    )
 
 
 def write_benchmark(
     methods: dict[str, MethodFile],
     records: list[dict[str, Any]],
     folder: Path,
-    rounds: int = 30,
+    settings: Settings | None = None,
     report: Callable[[str], None] = print,
-) -> None:
-    """Measure every trained method and write steps.csv, phases.csv and benchmark.md to `folder`."""
+) -> pd.DataFrame:
+    """Measure methods at every shape and write steps.csv, phases.csv and benchmark.md to `folder`.
+
+    A method that cannot run at a shape is reported and left out there. steps.csv is written after
+    every row, so that what was measured before an end by force is kept.
+    """
     from ballast.files import write_text
 
+    settings = settings or Settings()
+    version = _peft_version()
+    if version is None:
+        report("PEFT is not installed: its columns stay empty (pip install -e '.[test]')")
+    for name in settings.methods:
+        if name not in methods:
+            raise SuiteError(f"benchmark.methods: {unknown('method', name, methods)}")
+    chosen = [
+        method
+        for name, method in methods.items()
+        if method.declaration.trains
+        and "text" in method.declaration.applies_to
+        and (not settings.methods or name in settings.methods)
+    ]
+    rows: list[dict[str, Any]] = []
+    for shape in settings.shapes():
+        for method in chosen:
+            where = f"{method.name}, hidden {shape.hidden}, {shape.tokens} tokens"
+            try:
+                row = measure(
+                    method, shape, settings.rounds, settings.generated, version is not None
+                )
+            except (BallastError, ValueError, RuntimeError) as error:
+                report(f"{where}: left out: {error}")
+                continue
+            finally:
+                gc.collect()  # the models of one method are gone before the next one's are made
+            rows.append(row)
+            report(f"{where}: {row['ours_over_base']:.2f} of the frozen base's step")
+            text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", float_format="%.5g")
+            write_text(folder / "steps.csv", text)
+    steps, phases = pd.DataFrame(rows), time_by_phase(records)
+    if not rows:
+        write_text(folder / "steps.csv", "")
+    write_text(folder / "phases.csv", phases.to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "benchmark.md", to_markdown(steps, phases, _about(settings, version)))
+    return steps
+
+
+def _peft_version() -> str | None:
     try:
         import peft
-
-        version = peft.__version__
     except ImportError:
-        version = None
-        report("PEFT is not installed: its columns stay empty (pip install -e '.[test]')")
-    rows = []
-    for name, method in methods.items():
-        if method.declaration.trains:
-            rows.append(step_times(method, rounds, version is not None))
-            report(f"{name}: {rows[-1]['ours_over_base']:.2f} of the frozen base's step")
-    steps, phases = pd.DataFrame(rows), time_by_phase(records)
-    about = (
-        f"Training step over the frozen base's own forward and activation-gradient step, and over "
-        f"PEFT {version}'s: medians over {rounds} interleaved rounds with 95 % intervals; hidden "
-        f"{SHAPE['hidden']}, {SHAPE['layers']} layers, {SHAPE['batch'] * SHAPE['length']} tokens, "
-        f"rank {RANK}, dropout 0, fp32, {torch.get_num_threads()} threads; the optimiser step is "
-        "not included."
-    )
-    write_text(folder / "steps.csv", steps.to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "phases.csv", phases.to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "benchmark.md", to_markdown(steps, phases, about))
+        return None
+    return peft.__version__

@@ -5,6 +5,7 @@ ballast cell SUITE.yaml CELL                          run one cell here, in this
 ballast plan [SUITE.yaml]                             list the cells and their status
 ballast export CELL FOLDER [--merged]                 a cell as an adapter of PEFT's, or merged
 ballast methods [--write]                             the table of methods/README.md
+ballast benchmark FOLDER [--hidden 512 2048 ...]      the price of each method's step
 """
 
 from __future__ import annotations
@@ -89,6 +90,19 @@ def _methods(options: argparse.Namespace, layout: Layout) -> int:
     return 0
 
 
+def _benchmark(options: argparse.Namespace, layout: Layout) -> int:
+    import torch
+
+    from ballast.benchmark import Settings, write_benchmark
+    from ballast.declare import discover
+
+    torch.set_num_threads(options.threads)
+    keys = ("hidden", "tokens", "precision", "methods", "rounds", "rank", "layers", "generated")
+    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    write_benchmark(discover(layout.methods), [], options.folder, Settings.of(given))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors of the user's are one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -114,6 +128,16 @@ def main(arguments: list[str] | None = None) -> int:
     methods = commands.add_parser("methods", help="what every file of methods/ is")
     methods.add_argument("--write", action="store_true", help="to methods/README.md")
     methods.set_defaults(run=_methods)
+    benchmark = commands.add_parser("benchmark", help="the price of each method's step")
+    benchmark.add_argument("folder", type=Path, help="for steps.csv and benchmark.md")
+    for key in ("hidden", "tokens"):
+        benchmark.add_argument(f"--{key}", type=int, nargs="+")
+    for key in ("precision", "methods"):
+        benchmark.add_argument(f"--{key}", nargs="+")
+    for key in ("rounds", "rank", "layers", "generated"):
+        benchmark.add_argument(f"--{key}", type=int)
+    benchmark.add_argument("--threads", type=int, default=2)
+    benchmark.set_defaults(run=_benchmark)
     options = parser.parse_args(arguments)
     try:
         return options.run(options, Layout.here())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ballast.benchmark import write_benchmark
+from ballast.benchmark import Settings, write_benchmark
 from ballast.declare import discover
 from ballast.layout import Layout
 from ballast.records import scan
@@ -17,6 +17,7 @@ with open(snakemake.log[0], "w", buffering=1) as log:
         discover(layout.methods),
         records,
         Path(snakemake.output.steps).parent,
+        Settings.of(snakemake.config.get("benchmark", {})),
         report=lambda line: print(line, file=log),
     )
 print((Path(snakemake.output.steps).parent / "benchmark.md").read_text())
