@@ -17,6 +17,9 @@ is the paper's for the 3.3e8 parameters of BERT-large: E||z||_0 is a *sum*, so t
 needs a larger one to close gates at all; pruning makes the update sparse in any case.
 The linears of the decoder layers have differences; the paper gives one to every parameter.
 Trainable per matrix: 2 m n, and 1 if structured, dense gradients and moments; kept: keep x sum m n.
+
+Small bases: what is kept is 0.5 % here too, 1,661 entries of micro-lm, and half of a run of 200
+steps is over before they are chosen: about 2 % exact at any rate (`fish` has the same number).
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ layers, as in Full-ST, and there is no classifier.
 The mask is applied twice: to the gradients, so that masked entries count neither in Adam's moments
 nor in the norm that is clipped, and to the update, so that nothing else (weight decay, an optimiser
 with momentum) moves them. Trained: keep_ratio x the parameters of the decoder layers.
+
+Small bases: the paper's 0.5 % are 1,661 entries of micro-lm, and in 200 steps they learn the form
+of the answers (12.2 to 2.7 nats per token, 3 % exact; rates 0.0009 to 0.027). `gradient_mask` with
+scope tensor, 10 % of the entries, solves the same task.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ of W_down. As in PEFT's IA3. No weight decay: it would pull the scales to 0 rath
 
 Only linears among the suite's `modules` are scaled. There is no rank and no size. Trainable: the
 widths of k and v and of the feed-forward block's inside, summed over the layers.
+
+Small bases: in config/all-methods.yaml its 1,344 numbers learn the form of the answers and little
+of the task (micro-lm: 12.2 to 2.0 nats per token, 7 % exact at the best of rates 0.009 to 0.27):
+scales can only weigh what the frozen base computes already.
 """
 
 from __future__ import annotations

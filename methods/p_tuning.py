@@ -11,6 +11,9 @@ normal, linear layers and LSTM as torch starts them. At evaluation h is computed
 the stored adapter, from which training can go on.
 
 Trainable, mlp: tokens d + (d w + w) + (w^2 + w) + (w d + d).
+
+Small bases: in config/all-methods.yaml no rate from 0.0009 to 0.009 learns more than the form of
+the answers (micro-lm: 12.2 to 2.9 nats per token, 1 % exact); see `prompt_tuning` for the reason.
 """
 
 from __future__ import annotations

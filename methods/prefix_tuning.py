@@ -20,6 +20,10 @@ PEFT's standard normal, zero PEFT's other choice (a prefix of zeros still takes 
 MLP starts as torch starts linear layers.
 
 Trainable: tokens x L x 2 x c; with the MLP of width w: tokens c + (c w + w) + 2 L c (w + 1).
+
+Small bases: in config/all-methods.yaml (0.4 M parameters, 200 steps) no rate from 0.009 to 0.27
+learns more than the form of the answers (micro-lm: 12.2 to 2.6 nats per token, 3 % exact). A prefix
+can shift what frozen attention reads and computes nothing new; the paper's models are larger.
 """
 
 from __future__ import annotations

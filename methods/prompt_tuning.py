@@ -13,6 +13,10 @@ common), or, for visual, patch features of the training images, which is our cou
 random is the paper's uniform +-0.5. The paper optimises by Adafactor without schedule; here it is
 the suite's optimiser. Outputs and gradients are those of PEFT's PROMPT_TUNING. Trainable: tokens
 times the width.
+
+Small bases: in config/all-methods.yaml (0.4 M parameters, 200 steps) no rate from 0.03 to 0.3
+learns more than the form of the answers (micro-lm: 12.2 to 2.7 nats per token, 3 % exact). That is
+the method's nature: in the paper prompts catch up with tuning at 10^10 parameters, in 30,000 steps.
 """
 
 from __future__ import annotations
