@@ -98,10 +98,10 @@ def add_head(model: nn.Module, classes: Mapping[str, int], seed: int) -> None:
 
     head = ClassHead(model.config.hidden_size, classes)
     generator = torch.Generator().manual_seed(derived_seed(seed, "head"))
-    spread = getattr(model.config, "initializer_range", 0.02)
     with torch.no_grad():
         for layer in (head.dense, head.out):
-            layer.weight.normal_(0, spread, generator=generator)
+            # Not the base's own 0.02: on a narrow base next to no gradient would pass the head.
+            layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)
             layer.bias.zero_()
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     model.class_head = head.to(model.device, dtype)

@@ -1,9 +1,10 @@
 """micro-encoder: a small `RobertaForMaskedLM` pretrained from the text world in about a minute.
 
-Masked-token modelling as RoBERTa's, on the world's sentences: in nine rows of ten the whole answer
-is masked, as upstream tasks ask for it (with fewer such rows the facts take several times longer to
-be learned); in the others 20 % of all words, of which a tenth are shown as they are and a tenth as
-another word, so that words which stand in the open carry their context too.
+Masked-token modelling as BERT's and RoBERTa's, on the world's sentences: in nine rows of ten the
+whole answer is masked, as upstream tasks ask for it (with fewer such rows the facts take several
+times longer to be learned); in the others 20 % of all words, of which a tenth are shown as they are
+and a tenth as another word. Answers are never shown swapped: facts are certain, so that the model
+would learn to pay no heed to a word that it is shown, and classification has to.
 
 It is saved as an ordinary transformers folder, so that whatever follows loads it by the Auto
 classes exactly as a model from a hub.
@@ -26,10 +27,10 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 
 from ballast.worlds import encoder, text
 
-STEPS = 1100
-BATCH = 64
+STEPS = 2400
+BATCH = 32
 LEARNING_RATE = 1.5e-3
-WARMUP = 80
+WARMUP = 120
 ANSWER = 0.9  # share of rows whose answer is masked as a whole
 MASKED, SHOWN, SWAPPED = 0.2, 0.1, 0.1
 IGNORED = -100
