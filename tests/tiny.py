@@ -30,7 +30,12 @@ QUICK: dict[str, dict[str, Any]] = {
     "spa": {"density": 0.05, "batch": 3},
     "rosa": {"density": 0.05, "batch": 3, "fraction": 0.5},
     "dsee": {"rounds": 3},
-    "diff_pruning": {"keep": 0.05, "l0": 1e-4, "alpha": 1.0, "structured": False},  # gates half open
+    "diff_pruning": {
+        "keep": 0.05,
+        "l0": 1e-4,
+        "alpha": 1.0,
+        "structured": False,
+    },  # gates half open
     "prompt_tuning": {"tokens": 3},
     "prefix_tuning": {"tokens": 3},
     "p_tuning": {"tokens": 3},
