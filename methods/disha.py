@@ -20,6 +20,8 @@ from ballast.disha import Shards, common_divisors
 from ballast.errors import SuiteError
 from ballast.structured import attach_linears
 
+from .bone import Hyper as Bone
+
 declaration = Declaration(
     title="DiSHA",
     citation="Kang and Yin, DiSHA / MiSS: Revisiting the Trade-off in LoRA with an Efficient "
@@ -33,12 +35,7 @@ declaration = Declaration(
 
 
 @dataclass(frozen=True)
-class Hyper:
-    grouping: str = hyper(
-        "contiguous",
-        "blocks of inputs (paper); strided: released code and PEFT",
-        choices=("contiguous", "strided"),
-    )
+class Hyper(Bone):
     tile: int = hyper(1, "mini_r of PEFT: columns of D", low=1)
 
 

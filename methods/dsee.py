@@ -25,10 +25,10 @@ from torch import Tensor
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
 from ballast.errors import SuiteError
-from ballast.lowrank import target_shapes
+from ballast.lowrank import attach_low_rank, target_shapes
 from ballast.sparse import place_largest, refuse_embeddings
 
-from .rosa import Robust, attach_one
+from .rosa import Robust
 from .spa import report  # noqa: F401
 
 declaration = Declaration(
@@ -67,7 +67,7 @@ def attach(ctx: Context) -> None:
         layer = partial(
             Robust, count=ctx.hyper.entries, sparse_scale=scale, kernel=ctx.hyper.kernel
         )
-        attach_one(ctx, name, scale, ctx.hyper.dropout, layer)
+        attach_low_rank(ctx, scale, ctx.hyper.dropout, layer, names=(name,))
 
 
 @torch.no_grad()

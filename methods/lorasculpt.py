@@ -44,6 +44,7 @@ from ballast.adapters import LowRank
 from ballast.context import Context
 from ballast.declare import Declaration, hyper
 from ballast.lowrank import attach_low_rank
+from ballast.sparse import largest
 
 from .lora import initialise, parameter_count  # noqa: F401
 
@@ -117,8 +118,8 @@ def after_step(ctx: Context) -> None:
         return
     for _, layer in _prunable(ctx):
         if ctx.step == threshold(ctx):
-            layer.mask_A = largest(layer.A, ctx.hyper.density)
-            layer.mask_B = largest(layer.B, ctx.hyper.density)
+            layer.mask_A = sculpted(layer.A, ctx.hyper.density)
+            layer.mask_B = sculpted(layer.B, ctx.hyper.density)
         if layer.mask_A is not None:
             layer.A.mul_(layer.mask_A)
             layer.B.mul_(layer.mask_B)
@@ -129,12 +130,9 @@ def threshold(ctx: Context) -> int:
     return max(1, min(100, round(ctx.hyper.fraction * ctx.total_steps)))
 
 
-def largest(tensor: Tensor, density: float) -> Tensor:
+def sculpted(tensor: Tensor, density: float) -> Tensor:
     """Mask of the `density` share of entries that are largest in size, at least one."""
-    keep = max(1, int(tensor.numel() * density))
-    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    mask[tensor.abs().flatten().topk(keep).indices] = True
-    return mask.view(tensor.shape)
+    return largest(tensor.abs(), max(1, int(tensor.numel() * density)))
 
 
 def importance(weight: Tensor, omega: float, norm: Tensor | None = None) -> Tensor:

@@ -17,8 +17,7 @@ Indices are int32 (there int16). Trainable per matrix: r (m + n) + int(d m n).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -102,14 +101,7 @@ def attach(ctx: Context) -> None:
     refuse_embeddings(ctx)
     for name, count in zip(ctx.targets, nonzeros(ctx), strict=True):
         layer = partial(Robust, count=count, kernel=ctx.hyper.kernel)
-        attach_one(ctx, name, ctx.hyper.alpha_over_r, ctx.hyper.dropout, layer)
-
-
-def attach_one(
-    ctx: Context, name: str, scale: float, dropout: float, layer: Callable[..., Robust]
-) -> None:
-    """Adapt one target: its number of entries is its own."""
-    attach_low_rank(dataclasses.replace(ctx, targets=(name,)), scale, dropout, layer)
+        attach_low_rank(ctx, ctx.hyper.alpha_over_r, ctx.hyper.dropout, layer, names=(name,))
 
 
 def calibrate(ctx: Context) -> None:

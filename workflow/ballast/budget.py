@@ -81,17 +81,18 @@ def resolve(
 
 def trained_parameters(method: ModuleType, ctx: Any, size: int) -> int:
     """A method's own trainable count at a rank or size, by its formula."""
+    from ballast.lowrank import target_shapes
+
     if hasattr(method, "total_parameters"):
         return int(method.total_parameters(ctx, size))
-    shapes = [ctx.model.get_submodule(name).weight.shape for name in ctx.targets]
-    return sum(method.parameter_count(m, n, size) for m, n in shapes)
+    return sum(method.parameter_count(m, n, size) for m, n in target_shapes(ctx))
 
 
 def _sizes(method: ModuleType, declaration: Declaration, ctx: Any) -> Sequence[int]:
     """Sizes that a method allows on this base, ascending."""
+    from ballast.lowrank import target_shapes
+
     if hasattr(method, "allowed_sizes"):
         return list(method.allowed_sizes(ctx))
-    limit = LARGEST_SIZE
-    if declaration.rank:
-        limit = min(min(ctx.model.get_submodule(name).weight.shape) for name in ctx.targets)
+    limit = min(map(min, target_shapes(ctx))) if declaration.rank else LARGEST_SIZE
     return range(1, limit + 1)

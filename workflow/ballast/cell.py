@@ -163,7 +163,8 @@ class _Work:
         method = load_method(self.layout.methods / f"{self.spec['method']}.py")
         changed = {key for weights, _ in parents for key in weights}
         state = self.base.model.state_dict()
-        state = {k: v for k, v in state.items() if k not in head_part(state)}
+        fresh = head_part(state)
+        state = {k: v for k, v in state.items() if k not in fresh}
         context = PostHoc(
             # Copies of what `load` may write over; the rest is the model's own.
             base={k: v.cpu().clone() if k in changed else v.cpu() for k, v in state.items()},
@@ -271,12 +272,11 @@ class _Work:
     def _load(self) -> None:
         import torch
 
-        from ballast.models import load_base, use_stored_features
+        from ballast.models import use_stored_features
 
         training = self.spec["training"]
         torch.set_num_threads(training["threads"])
-        self.base = load_base(Path(self.ready["model"]), training["precision"], training["device"])
-        _add_head(self.base, self.spec)
+        self.base = load_for(self.spec, Path(self.ready["model"]), training["device"])
         if self.base.multimodal:
             use_stored_features(self.base)
 
@@ -391,6 +391,15 @@ def make_tuner(base: Any, spec: dict[str, Any], layout: Layout) -> Any:
     return Tuner(method, context)
 
 
+def load_for(spec: dict[str, Any], model: Path, device: str = "cpu") -> Any:
+    """The base of a cell, with a fresh head where its target is a classification."""
+    from ballast.models import load_base
+
+    base = load_base(model, spec["training"]["precision"], device)
+    _add_head(base, spec)
+    return base
+
+
 def _add_head(base: Any, spec: dict[str, Any]) -> None:
     """A fresh head for the classes of a target, if it is a classification."""
     from ballast.encoders import add_head
@@ -408,12 +417,9 @@ def merged_weights(
     """
     import torch
 
-    from ballast.models import load_base
-
     if not spec["merges"]:
         raise BallastError(f"{spec['method']} does not merge into plain weights")
-    base = load_base(model, spec["training"]["precision"])
-    _add_head(base, spec)
+    base = load_for(spec, model)
     before = {k: v.detach().clone() for k, v in base.model.state_dict().items()}
     tuner = make_tuner(base, spec, layout)
     tuner.restore(tensors)

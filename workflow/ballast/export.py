@@ -53,8 +53,7 @@ def export_cell(cell: Path, folder: Path, layout: Layout, merged: bool = False) 
 
     Raises BallastError where the cell's method is not of that kind, before anything is written.
     """
-    from ballast.cell import ADAPTER, _add_head, make_tuner
-    from ballast.models import load_base
+    from ballast.cell import ADAPTER, load_for, make_tuner
     from ballast.tensorfile import read_tensors
     from ballast.tuner import WEIGHT
 
@@ -63,8 +62,7 @@ def export_cell(cell: Path, folder: Path, layout: Layout, merged: bool = False) 
     ready = read_json(layout.suite(spec["suite"]) / "bases" / f"{spec['base']}.json")
     if ready["base_key"] != spec["base_key"]:
         raise BallastError(f"{cell.name}: its base {spec['base']} is another one by now")
-    base = load_base(Path(ready["model"]), spec["training"]["precision"])
-    _add_head(base, spec)
+    base = load_for(spec, Path(ready["model"]))
     tuner = None
     if spec["family"] == "post-hoc":
         if not merged:

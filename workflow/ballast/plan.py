@@ -142,30 +142,33 @@ def make_plan(suite: Suite) -> pd.DataFrame:
             rows += block + _posthoc(suite, base, target, trained)
     plan = pd.DataFrame(rows, columns=list(COLUMNS))
     plan["rank"] = plan["rank"].astype("Int64")
-    plan.attrs["left_out"] = left_out(suite)
+    plan.attrs["left_out"] = [
+        f"{label} on {base}" for base in suite.config["bases"] for label in _left_out(suite, base)
+    ]
     if not plan["id"].is_unique:
         twice = plan.loc[plan["id"].duplicated(), "id"].iloc[0]
         raise SuiteError(f"two cells are the same: {twice}; are two variants equal?")
     return plan
 
 
-def left_out(suite: Suite) -> list[str]:
-    """Methods and variants without cells on a base that they were not kept from by the suite.
+def _left_out(suite: Suite, base: str) -> list[str]:
+    """Methods, and variants as method+variant, that the base has no cells of though the suite did
+    not keep them from it."""
+    here = set(suite.targets(base))
+    return [
+        f"{name}+{variant}" if variant else name
+        for name, chosen in suite.chosen().items()
+        for variant, item in _variants(suite.methods[name], chosen)
+        if here & set(item.get("targets", here)) and not _fits(suite, base, name, item)
+    ]
 
-    Each as "method on base" or "method+variant on base".
-    """
-    found = []
-    for base in suite.config["bases"]:
-        here = set(suite.targets(base))
-        for name, chosen in suite.chosen().items():
-            method = suite.methods[name]
-            fits = applies(suite, method, base)
-            for variant, item in _variants(method, chosen):
-                wanted = bool(here & set(item.get("targets", here)))
-                frozen = item.get("connector", "frozen") == "frozen"
-                if wanted and not (fits and (frozen or suite.kind(base) == VISION)):
-                    found.append(f"{name}{'+' if variant else ''}{variant} on {base}")
-    return found
+
+def _fits(suite: Suite, base: str, method: str, item: dict[str, Any]) -> bool:
+    """Whether a base can have cells of a method's variant: one with a connector needs one."""
+    connector = item.get("connector", "frozen") != "frozen"
+    if connector and suite.kind(base) != VISION:
+        return False
+    return applies(suite, suite.methods[method], base)
 
 
 def _variants(method: MethodFile, spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -184,13 +187,13 @@ def _trained(
     rows = []
     for name, chosen in suite.chosen().items():
         method = suite.methods[name]
-        if not method.declaration.trains or not applies(suite, method, base.name):
+        if not method.declaration.trains:
             continue
         sizes = _sizes(suite, method, chosen)
         for plain, item in _variants(method, chosen):
             if target not in item.get("targets", [target]):
                 continue
-            if item.get("connector", "frozen") != "frozen" and suite.kind(base.name) != VISION:
+            if not _fits(suite, base.name, name, item):
                 continue
             for rank, asked in sizes:
                 variant = "-".join(part for part in (plain, asked and budget.label(asked)) if part)
@@ -383,10 +386,7 @@ def _posthoc(
 def _is_left_out(suite: Suite, base: str, parent: str) -> bool:
     """Whether a parent is a cell that this base does not have but another one may."""
     name, variant = re.fullmatch(r"(.+?)(?:-r\d+)?(?:\+(.+))?", parent).groups(default="")
-    absent = {
-        entry.rpartition(" on ")[0] for entry in left_out(suite) if entry.endswith(f" {base}")
-    }
-    return bool({name, f"{name}+{variant}"} & absent)
+    return bool({name, f"{name}+{variant}"} & set(_left_out(suite, base)))
 
 
 def plan_key(config: dict[str, Any], layout: Layout, folder: Path) -> str:

@@ -28,7 +28,7 @@ PHASES = ("start", "load", "attach", "train", "merge", "evaluate", "total")
 TEXT = (
     "id", "suite", "base", "target", "method", "title", "family", "variant", "rank", "seed",
     "parents", "status", "reason", "scored", "learning_rate", "learning_rate_source", "scale",
-    "connector", "hyper", "tasks",
+    "connector", "origin", "hyper", "tasks",
 )  # fmt: skip
 COSTS = (
     "trainable_parameters", "total_parameters", "adapter_bytes", "tokens",
@@ -48,7 +48,8 @@ def tidy(records: Iterable[Record], plan: pd.DataFrame | None = None) -> pd.Data
     record that the plan does not have (the suite has changed). Without a plan nothing can be
     missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in the
     task's unit, n.TASK items, dce.TASK the change of its loss in nats per token (positive = worse),
-    extra.TASK.NAME and base_extra.TASK.NAME. `tasks` and `hyper` are JSON.
+    churn.TASK.KIND counts of items, extra.TASK.NAME and base_extra.TASK.NAME; drift.NAME as in
+    `measures`. `tasks` and `hyper` are JSON.
     """
     by_id = {record["id"]: record for record in records}
     rows = []
@@ -111,6 +112,7 @@ def _recorded(record: Record, status: str) -> dict[str, Any]:
             k: settings.get(k)
             for k in ("learning_rate", "learning_rate_source", "scale", "connector")
         },
+        "origin": record.get("origin", ""),
         "hyper": _json(settings["hyper"]),
         "tasks": _json({k: _task(record, k) for k in sorted(record["tasks"])}),
     }
@@ -148,14 +150,16 @@ def _scores(record: Record) -> dict[str, Any]:
         for prefix, score in (("extra", after), ("base_extra", before)):
             extras = {k: v for k, v in score.items() if k not in ("value", "n", "loss")}
             row |= {f"{prefix}.{name}.{k}": v for k, v in extras.items() if v is not None}
-    return row
+    for name, counts in record.get("churn", {}).items():
+        row |= {f"churn.{name}.{k}": v for k, v in counts.items() if k != "subjects"}
+    return row | {f"drift.{k}": v for k, v in record.get("drift", {}).items()}
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-_GROUPS = ("score", "base", "dce", "n", "extra", "base_extra", "report")
+_GROUPS = ("score", "base", "dce", "drift", "n", "churn", "extra", "base_extra", "report")
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -170,7 +174,7 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
         table[name] = [row.get(name) for row in rows]
     frame = pd.DataFrame(table, dtype=object)
     for name in frame.columns:
-        if name in COUNTS or name.startswith("n."):
+        if name in COUNTS or name.startswith(("n.", "churn.")):
             frame[name] = frame[name].astype("Int64")
         elif name in TEXT and name not in NUMBERS:
             frame[name] = frame[name].astype("string")

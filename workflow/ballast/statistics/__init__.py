@@ -1,0 +1,1 @@
+"""What may be concluded from a suite's results: intervals, tests, ties, fronts, noise floors."""
