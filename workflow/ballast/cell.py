@@ -49,14 +49,14 @@ def run_cell(row: dict[str, Any], layout: Layout, report: Any) -> dict[str, Any]
     phases = Phases()
     spec = json.loads(row["spec"])
     folder, ready = cell_folder(row, layout), ready_base(row, layout)
-    work = _Work(row, spec, layout, folder, ready, phases, report)
+    work = Work(row, spec, layout, folder, ready, phases, report)
     stored = work.stored()
     if stored is None:
         stored = work.train() if not row["posthoc"] else work.edit()
     return work.score(stored)
 
 
-class _Work:
+class Work:
     """One cell in this process; the steps share what they loaded."""
 
     def __init__(
@@ -91,9 +91,9 @@ class _Work:
             return None
         self.report.note("trained before; scoring only")
         with self.phases.phase("load"):
-            self._load()
+            self.load()
         if self.row["posthoc"]:
-            self._put(tensors)
+            self.put(tensors)
         else:
             self.tuner = make_tuner(self.base, self.spec, self.layout)
             self.tuner.restore(tensors)
@@ -104,8 +104,8 @@ class _Work:
         from ballast.training import Trainer
 
         with self.phases.phase("load"):
-            self._load()
-            examples = self._examples()
+            self.load()
+            examples = self.examples()
         with self.phases.phase("attach"):
             self.tuner = make_tuner(self.base, self.spec, self.layout)
             trainer = Trainer(
@@ -159,7 +159,7 @@ class _Work:
         heads = {target: head_part(weights) for weights, target in parents}
         parents = [({k: v for k, v in w.items() if k not in heads[t]}, t) for w, t in parents]
         with self.phases.phase("load"):
-            self._load()
+            self.load()
         method = load_method(self.layout.methods / f"{self.spec['method']}.py")
         changed = {key for weights, _ in parents for key in weights}
         state = self.base.model.state_dict()
@@ -191,7 +191,7 @@ class _Work:
             "trainable_parameters": None,
             "report": {},
         }
-        self._put(tensors)
+        self.put(tensors)
         return self._store(tensors, about)
 
     def score(self, stored: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class _Work:
             lm = language_model(self.base, self.spec["evaluation"]["batch_size"])
             for name in self.spec["tasks"]:
                 folder = Path(self.ready["tasks"][name]["folder"])
-                split = self.spec.get("split", "test")
+                split = self.spec["tasks"][name].get("split", self.spec.get("split", "test"))
                 scores = score_task(lm, tasks[name], folder, delimiter, split)
                 path = self.folder / "samples" / f"{name}.parquet"
                 write_items(scores, path)
@@ -269,7 +269,8 @@ class _Work:
         write_tensors(self.folder / ADAPTER, tensors, about)
         return about
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """The untouched base, with a fresh head where the cell has one, as `base`."""
         import torch
 
         from ballast.models import use_stored_features
@@ -280,7 +281,7 @@ class _Work:
         if self.base.multimodal:
             use_stored_features(self.base)
 
-    def _examples(self) -> Any:
+    def examples(self) -> Any:
         """Training examples of the cell's target, of all its tasks if it is a mixture."""
         from ballast.training import joined
 
@@ -334,7 +335,7 @@ class _Work:
             tasks=[task] * len(table),
         )
 
-    def _put(self, tensors: dict[str, Any]) -> None:
+    def put(self, tensors: dict[str, Any]) -> None:
         """Write plain weights into the model."""
         from ballast.tuner import WEIGHT
 

@@ -6,6 +6,8 @@ Encoders are asked by `encoders.EncoderLM`: lm-eval has no masked language model
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import pandas as pd
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 
 from ballast import metrics
+from ballast.churn import forms
 from ballast.data import load_split
 from ballast.encoders import EncoderLM
 from ballast.files import replacing
@@ -33,14 +37,36 @@ class Scores:
 
 
 def score_task(
-    lm: TextLM | ImageLM | EncoderLM, task: Task, folder: Path, delimiter: str, split: str = "test"
+    lm: TextLM | ImageLM | EncoderLM,
+    task: Task,
+    folder: Path,
+    delimiter: str,
+    split: str = "test",
+    rows: Sequence[int] | None = None,
 ) -> Scores:
-    """Score a model on a split of a prepared task.
+    """Score a model on a split of a prepared task, on those `rows` of it alone where given.
 
     The summary has `value` (the task's metric and unit), `n`, `loss` in nats per token of the true
-    response (or of the true class), and for text byte_perplexity.
+    response (or of the true class), and for text byte_perplexity. The items have `score` (0 to 1),
+    `loss`, `form` (see `churn.FORMS`) and `subject` ("" where the task has none).
     """
     table, features = load_split(folder, split)
+    if rows is not None:
+        table = table.select(rows)
+    scores = _scored(lm, task, table, features, delimiter)
+    items = scores.items
+    items["form"] = forms(task, items["prediction"], items["reference"])
+    items["subject"] = subjects(task, table)
+    return scores
+
+
+def _scored(
+    lm: TextLM | ImageLM | EncoderLM,
+    task: Task,
+    table: datasets.Dataset,
+    features: Tensor | None,
+    delimiter: str,
+) -> Scores:
     if isinstance(lm, EncoderLM):
         return _encoded(lm, task, table)
     if features is not None:
@@ -53,6 +79,38 @@ def score_task(
     if task.output_type == "multiple_choice":
         return _choices(lm, task, samples, delimiter)
     return _generated(lm, task, samples, delimiter)
+
+
+def subjects(task: Task, table: datasets.Dataset) -> list[str]:
+    """The subject of each row: its own, or what `subject_pattern` finds in its question."""
+    if "subject" in table.column_names:
+        return list(table["subject"])
+    if task.subject_pattern is None or "question" not in table.column_names:
+        return [""] * len(table)
+    found = [re.search(task.subject_pattern, question) for question in table["question"]]
+    return [match[match.re.groups] or "" if match else "" for match in found]
+
+
+def texts_of(task: Task, row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """Question and true answer of a row of a task's table, as a person reads them."""
+    if not task.encoder:
+        return row["question"], row["response"]
+    hidden = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}
+    question = tokenizer.decode([token for token in row["input_ids"] if token not in hidden])
+    if task.classes:
+        return question, task.classes[row["label"]]
+    return question, tokenizer.decode(row["answers"])
+
+
+def text_of_prediction(task: Task, row: dict[str, Any], prediction: Any) -> str:
+    """A prediction (as the items have it) as a person reads it."""
+    if task.output_type == "multiple_choice":
+        return row["choices"][prediction]
+    if task.classes:
+        return task.classes[prediction]
+    if task.output_type == "masked_token":
+        return f"{prediction} of {len(row['answers'])} masked tokens right"
+    return str(prediction)
 
 
 def _encoded(lm: EncoderLM, task: Task, table: datasets.Dataset) -> Scores:

@@ -38,6 +38,9 @@ class Layout:
     def cell(self, suite: str, cell: str) -> Path:
         return self.suite(suite) / "cells" / cell
 
+    def curve(self, suite: str, cell: str, kind: str) -> Path:
+        return self.suite(suite) / "curves" / f"{cell}.{kind}.json"
+
     def plan(self, suite: str, key: str) -> Path:
         return self.suite(suite) / "plan" / f"{key}.parquet"
 

@@ -262,6 +262,7 @@ def _spec(
         "family": declaration.family,
         "title": declaration.title,
         "limits": suite.config["limits"],
+        "curves": suite.config["curves"],
         "evaluation": suite.config["evaluation"],
         "source": base.spec["source"],
         "gate": base.spec.get("gate"),
@@ -286,7 +287,9 @@ def _classes(suite: Suite, members: list[str]) -> dict[str, list[list[Any]]]:
 
 
 # Settings that change neither a trained weight nor a score.
-_IDLE = ("title", "family", "limits", "learning_rate_source", "tasks", "evaluation", "gate")
+_IDLE = (
+    "title", "family", "limits", "learning_rate_source", "tasks", "evaluation", "gate", "curves",
+)  # fmt: skip
 _IDLE_TRAINING = ("checkpoint_every", "threads", "device")
 
 

@@ -50,6 +50,15 @@ HEAD_LEARNING_RATE = 1e-3
 LIMITS = {"minutes": 10.0, "memory_mb": 4000}
 TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {}}
 
+# Checkpoints of a trajectory; positions of a rewind between the base (0) and the cell (1); test
+# items that a point is scored on (None: all); the methods that have curves.
+CURVES: dict[str, Any] = {
+    "checkpoints": 5,
+    "alphas": [0.25, 0.5, 0.75],
+    "items": None,
+    "methods": "all",
+}
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -179,6 +188,7 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
     config["evaluation"] = EVALUATION | config.get("evaluation", {})
     config["limits"] = LIMITS | config.get("limits", {})
     config["tuning"] = TUNING | config.get("tuning", {})
+    config["curves"] = CURVES | config.get("curves", {})
     config.setdefault("ranks", [] if "budgets" in config else [8])
     config.setdefault("budgets", [])
     config.setdefault("modules", "all")
@@ -196,6 +206,7 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
     for name, spec in suite.chosen().items():
         _check_method(suite, name, spec)
     _check_tuning(suite)
+    _check_curves(suite)
     rates = config.get("learning_rates")
     if rates and not (suite.folder / rates).is_file():
         # A suite may name the table that its first `tune` will write.
@@ -307,6 +318,13 @@ def _asks(template: str) -> bool:
         return "QUESTION" in template.format(question="QUESTION")
     except (KeyError, IndexError, ValueError):
         return False
+
+
+def _check_curves(suite: Suite) -> None:
+    methods = suite.config["curves"]["methods"]
+    for name in [] if methods == "all" else methods:
+        if name not in suite.methods:
+            raise SuiteError(f"curves.methods: {unknown('method', name, suite.methods)}")
 
 
 def _check_tuning(suite: Suite) -> None:
