@@ -48,7 +48,7 @@ GOLDEN = {
         },
     },
     "EVALUATION": {
-        "version": 1,
+        "version": 2,
         "numbers": {
             "multiple_choice, value": 41.6666667,
             "multiple_choice, n": 12,

@@ -196,6 +196,7 @@ class Work:
 
     def score(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Merge where the method merges, score every task, and write up the record."""
+        from ballast.comparison import Comparison
         from ballast.evaluation import score_task, write_items
         from ballast.harness import language_model
         from ballast.tasks import read_tasks
@@ -211,6 +212,7 @@ class Work:
         encoder = self.base.anatomy.kind == "encoder"
         delimiter = "" if encoder else template_for(self.base.tokenizer, self.spec).delimiter
         record = blank_record(self.row, self.ready, tasks)
+        compared = {}
         with self.phases.phase("evaluate"):
             self.base.model.eval()
             lm = language_model(self.base, self.spec["evaluation"]["batch_size"])
@@ -222,7 +224,14 @@ class Work:
                 write_items(scores, path)
                 record["scores"][name] = scores.summary
                 record["files"][f"samples/{name}.parquet"] = sha256_file(path)
+                if split == "test":
+                    compared[name] = scores
                 self.report.note(f"{name}: {scores.summary['value']:.1f}")
+        comparison = Comparison(self.base.tokenizer)
+        for name, scores in compared.items():
+            comparison.add(tasks[name], scores, self.ready["tasks"][name])
+        record["churn"] = comparison.churn
+        record["files"] |= comparison.store(self.folder)
         for path in self.folder.glob(CHECKPOINT.format(key="*")):
             path.unlink()
         return self._complete(record, stored, scored)

@@ -61,6 +61,7 @@ def prepare_task(
     made = {split: sources.rows(task.source, split, n) for split, n in entry["sizes"].items()}
     for split, rows in made.items():
         _check_keys(rows, task, split)
+        _name_subjects(rows)
     dropped = _separate(made, task)
     manifest: dict[str, Any] = {"task": task.name, "source": task.source, "splits": {}}
     identities = {}
@@ -182,7 +183,7 @@ def _table(
 ) -> tuple[datasets.Dataset, int]:
     """A split as a table: training rows tokenised, evaluation rows rendered."""
     if task.rolling:
-        return datasets.Dataset.from_list([{"text": row["text"]} for row in rows]), 0
+        return datasets.Dataset.from_list([{"text": r["text"]} | _subject(r) for r in rows]), 0
     records, lost = [], 0
     for row, image in zip(rows, images, strict=True):
         prompt = template.prompt(row["question"], task.image)
@@ -195,6 +196,7 @@ def _table(
             record |= {"input_ids": tokens, "prompt_length": start}
         else:
             record |= {k: row[k] for k in ("question", "response") if k in row}
+            record |= _subject(row)
             record["prompt"] = prompt
             if task.output_type == "multiple_choice":
                 record |= {"choices": row["choices"], "answer": row["answer"]}
@@ -202,6 +204,17 @@ def _table(
     if not records:
         raise DataError(f"{task.name} {split}: every row is longer than {max_length} tokens")
     return datasets.Dataset.from_list(records), lost
+
+
+def _name_subjects(rows: list[sources.Row]) -> None:
+    """Give every row a subject, "" where it has none, if any of them has one."""
+    if any(row.get("subject") is not None for row in rows):
+        for row in rows:
+            row["subject"] = "" if row.get("subject") is None else str(row["subject"])
+
+
+def _subject(row: sources.Row) -> dict[str, str]:
+    return {"subject": row["subject"]} if "subject" in row else {}
 
 
 def _encoded(
@@ -222,7 +235,7 @@ def _encoded(
         if len(record["input_ids"]) > longest:
             lost += 1
         else:
-            records.append(record)
+            records.append(record | _subject(row))
     if not records:
         raise DataError(f"{task.name}: no row has at most {longest} tokens")
     return datasets.Dataset.from_list(records), lost

@@ -73,6 +73,8 @@ def blank_record(
         },
         "report": {},
         "curve": None,
+        "churn": {},
+        "drift": {},
         "files": {},
         "provenance": {
             "base": {"source": spec["source"], "files": ready["files"]},

@@ -23,7 +23,7 @@ from ballast.layout import Layout
 from ballast.tasks import Task
 
 Report = Callable[[str], None]
-SCORES = "scores.json"
+SCORES, VALIDATION, ITEMS = "scores.json", "validation.json", "items.parquet"
 
 
 def spec_of_base(plan: pd.DataFrame, name: str) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def make_ready(
         "files": made["files"],
         "seconds": made["seconds"],
         "tasks": {
-            task: {"folder": str(folders[task]), "manifest": manifests[task], "scores": score}
-            for task, score in scores.items()
+            task: {"folder": str(folders[task]), "manifest": manifests[task], **found}
+            for task, found in scores.items()
         },
     }
 
@@ -97,12 +97,24 @@ def _scores(
     load: Callable[[], Any],
     batch_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """The untouched base's scores by task, from the store or measured now."""
+    """The untouched base's scores and the file of its items by task, from the store or made now.
+
+    Tasks with a validation split have `validation_scores` too: what `tune` compares its cells to.
+    """
     places = {
         task: layout.scores(name, key, task, f"{entry['eval_key']}-{entry['data_key']}")
         for task, entry in entries.items()
     }
-    due = [task for task, place in places.items() if not (place / SCORES).exists()]
+    files = {task: {"test": SCORES} for task in entries}
+    for task, entry in entries.items():
+        if "validation" in entry["sizes"]:
+            files[task]["validation"] = VALIDATION
+    due = [
+        (task, split)
+        for task, own in files.items()
+        for split, file in own.items()
+        if not (places[task] / file).exists()
+    ]
     if due:
         from ballast.evaluation import score_task, write_items
         from ballast.harness import language_model
@@ -115,12 +127,21 @@ def _scores(
         lm = language_model(base, batch_size)
         encoder = base.anatomy.kind == "encoder"
         delimiter = "" if encoder else template_for(base.tokenizer, spec).delimiter
-        for task in due:
-            scores = score_task(lm, tasks[task], folders[task], delimiter)
-            write_items(scores, places[task] / "items.parquet")
-            write_json(places[task] / SCORES, scores.summary)
-            report(f"untouched, {task}: {scores.summary['value']:.1f}")
-    return {task: read_json(place / SCORES) for task, place in places.items()}
+        for task, split in due:
+            scores = score_task(lm, tasks[task], folders[task], delimiter, split)
+            if split == "test":
+                write_items(scores, places[task] / ITEMS)
+            write_json(places[task] / files[task][split], scores.summary)
+            report(f"untouched, {task} {split}: {scores.summary['value']:.1f}")
+    return {
+        task: {"scores": read_json(place / SCORES), "items": str(place / ITEMS)}
+        | (
+            {"validation_scores": read_json(place / VALIDATION)}
+            if "validation" in files[task]
+            else {}
+        )
+        for task, place in places.items()
+    }
 
 
 def _load(folder: Path) -> Any:
@@ -139,7 +160,9 @@ def _check_gate(
     if gate is None:
         return
     upstream = {
-        t: scores[t]["value"] for t, entry in entries.items() if entry["role"] == "upstream"
+        t: scores[t]["scores"]["value"]
+        for t, entry in entries.items()
+        if entry["role"] == "upstream"
     }
     if min(upstream.values()) < gate:
         shown = ", ".join(f"{task} {value:.1f}" for task, value in upstream.items())

@@ -6,6 +6,7 @@ the text that tells two rows apart when question and response do not (the scene 
 Rows for encoders may have a second sentence, `pair`. Those of a classification have `answer` (an
 index of the task's classes) or, as `response`, the class's name; those with gaps have `<mask>` in
 their sentences for each word of the response, or `text` alone, of which a part is masked.
+`subject`, where present, is the field that an item belongs to: results are counted by it too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from ballast.layout import real_data
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
-KEYS = ("question", "pair", "response", "choices", "answer", "text", "image", "identity")
+KEYS = (
+    "question", "pair", "response", "choices", "answer", "text", "image", "identity", "subject",
+)  # fmt: skip
 
 
 def rows(source: dict[str, Any], split: str, count: int | None) -> list[Row]:

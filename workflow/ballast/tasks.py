@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from ballast.files import sha256_file
 
 ENCODER_TYPES = ("classification", "masked_token")
 UNITS = ("points", "nats", "perplexity")
+PATTERNS = ("answer_pattern", "subject_pattern")
+TEXT_READERS = ("stories", "wikitext")  # give plain text
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,22 @@ class Task:
     def image(self) -> bool:
         return "doc_to_image" in self.config
 
+    @property
+    def running(self) -> bool:
+        """Whether the items are running text, of which no item is right or wrong as a whole."""
+        masked = self.output_type == "masked_token" and self.source["reader"] in TEXT_READERS
+        return self.rolling or masked
+
+    @property
+    def answer_pattern(self) -> str | None:
+        """What the whole of a generated answer looks like, a regular expression; None: unknown."""
+        return self.metadata.get("answer_pattern")
+
+    @property
+    def subject_pattern(self) -> str | None:
+        """Finds the subject of an item in its question: the expression's group, else the match."""
+        return self.metadata.get("subject_pattern")
+
 
 def read_task(path: Path) -> Task:
     """Read one task file. Raises SuiteError if it does not declare metric, unit and source."""
@@ -92,6 +111,8 @@ def read_task(path: Path) -> Task:
         raise SuiteError(f"{path.name}: metadata.unit {metadata['unit']!r}; allowed: {UNITS}")
     if metadata["unit"] == "points" and metadata["direction"] != "higher":
         raise SuiteError(f"{path.name}: points are 0 to 100 and higher is better")
+    for key in PATTERNS:
+        _check_pattern(metadata.get(key), f"{path.name}: metadata.{key}")
     classes = metadata.get("classes")
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if config["output_type"] == "classification" and not (named and len(set(classes)) > 1):
@@ -100,6 +121,17 @@ def read_task(path: Path) -> Task:
             "expected, in the order of their indices"
         )
     return Task(config["task"], path, config, sha256_file(path)[:16])
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except (TypeError, re.error) as error:
+        raise SuiteError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+    if where.endswith("subject_pattern") and groups > 1:
+        raise SuiteError(f"{where}: {pattern!r} has {groups} groups; at most one is expected")
 
 
 def read_tasks(folder: Path) -> dict[str, Task]:
