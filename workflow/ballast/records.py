@@ -28,7 +28,7 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
-def _line(text: str, longest: int = 300) -> str:
+def one_line(text: str, longest: int = 300) -> str:
     """The text on one line without control characters, cut if long."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
@@ -44,38 +44,40 @@ def validate_record(record: Any) -> None:
     worst = jsonschema.exceptions.best_match(_validator().iter_errors(record))
     if worst is not None:
         where = ".".join(str(part) for part in worst.absolute_path) or "the record"
-        raise DataError(_line(f"{where}: {worst.message}"))
-    bad = _not_finite(record, "")
+        raise DataError(one_line(f"{where}: {worst.message}"))
+    bad = not_finite(record, "")
     if bad:
-        raise DataError(_line(f"{bad}: not a finite number"))
+        raise DataError(one_line(f"{bad}: not a finite number"))
     for name, task in record["tasks"].items():
         if task["unit"] == "points" and task["direction"] != "higher":
-            raise DataError(_line(f"tasks.{name}: points are higher-is-better"))
+            raise DataError(one_line(f"tasks.{name}: points are higher-is-better"))
         for block in ("scores", "base_scores"):
             _check_score(record, block, name, task)
     for block in ("scores", "base_scores"):
         for name in record[block]:
             if name not in record["tasks"]:
-                raise DataError(_line(f"{block}.{name}: not among the record's tasks"))
+                raise DataError(one_line(f"{block}.{name}: not among the record's tasks"))
 
 
 def _check_score(record: dict[str, Any], block: str, name: str, task: dict[str, Any]) -> None:
     score = record[block].get(name)
     if score is None:
         if record["status"] == "ok":
-            raise DataError(_line(f"{block}.{name}: missing in a record that is ok"))
+            raise DataError(one_line(f"{block}.{name}: missing in a record that is ok"))
         return
     if task["unit"] == "points" and not -1e-9 <= score["value"] <= 100 + 1e-9:
-        raise DataError(_line(f"{block}.{name}.value: {score['value']} is not in 0 to 100 points"))
+        raise DataError(
+            one_line(f"{block}.{name}.value: {score['value']} is not in 0 to 100 points")
+        )
 
 
-def _not_finite(value: Any, where: str) -> str:
+def not_finite(value: Any, where: str) -> str:
     """Path of the first number that is NaN or infinite, or an empty text."""
     if isinstance(value, float):
         return "" if math.isfinite(value) else where
     items = value.items() if isinstance(value, dict) else ()
     items = enumerate(value) if isinstance(value, list) else items
-    return next((bad for k, v in items if (bad := _not_finite(v, f"{where}.{k}".strip(".")))), "")
+    return next((bad for k, v in items if (bad := not_finite(v, f"{where}.{k}".strip(".")))), "")
 
 
 def read_path(path: Path) -> dict[str, Any]:
@@ -84,11 +86,11 @@ def read_path(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         validate_record(record)
     except OSError as error:
-        raise DataError(_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+        raise DataError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(_line(f"{path}: damaged, not JSON: {error}")) from None
+        raise DataError(one_line(f"{path}: damaged, not JSON: {error}")) from None
     except DataError as error:
-        raise DataError(_line(f"{path}: {error}")) from None
+        raise DataError(one_line(f"{path}: {error}")) from None
     return record
 
 
@@ -106,7 +108,7 @@ def scan(cells_folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             problems.append(str(error))
             continue
         if record["id"] != path.parent.name:
-            problems.append(_line(f"{path}: holds the record of another cell, {record['id']}"))
+            problems.append(one_line(f"{path}: holds the record of another cell, {record['id']}"))
             continue
         records.append(record)
     return sorted(records, key=lambda record: record["id"]), problems

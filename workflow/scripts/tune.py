@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ballast.curves import write_curves
+from ballast.tune_plot import write_curves
 from ballast.records import read_path
 from ballast.tune import write_rates
 
