@@ -39,7 +39,7 @@ class Analysis:
           seed
       `front`  share of bootstrap draws in which the row is on the front of F and E
     Where a row and the control have items, the interval of the difference is that of the test:
-    paired by seed and item. base.TASK and n.TASK, the same for all seeds, have a mean only.
+    paired by seed and item (`crossed`). base.TASK and n.TASK, the same for all seeds, have a mean only.
     pairs: one row per pair of rows and Q of COMPARED: a, b (keys), quantity, difference (a - b),
       low, high, p, p_adjusted (all pairs of this table, Benjamini-Hochberg), n_seeds
     definitions: rank stability: one row per pair of definitions of "best" (a, b, tau, n): Kendall's
@@ -47,7 +47,8 @@ class Analysis:
     control: key of the control's row (LoRA), or None
     facts: seeds (most in a row), draws, and per Q of COMPARED: `Q.minimum_detectable` (difference
       of two rows that would be found with power 0.8, points), `Q.noise_floor` (A/A: what two
-      runs of one row with other seeds differ by in 95 % of cases) and `Q.noise_pairs`; hypervolume,
+      runs of one row with other seeds differ by in 95 % of cases) and `Q.noise_pairs`;
+      `Q.minimum_detectable_median` (from the median pair's variance, not the pooled); hypervolume,
       hypervolume_low, hypervolume_high (share of the possible: Target from the base's to 100,
       Source from 0 to 100); `Q.itemed` (rows that have the items of Q), `Q.based` (whether those of
       the base are known), doubles (cells left out, see `rows_of`). What is not known is None.
@@ -178,7 +179,8 @@ def _facts(
     for name in COMPARED:
         test = tests[name].part(*upper)
         floor, pairs = power.noise_floor(quantities[name].values)
-        found[f"{name}.minimum_detectable"] = power.minimum_detectable(test.variance, test.df)
+        found[f"{name}.minimum_detectable"] = power.minimum_detectable(test)
+        found[f"{name}.minimum_detectable_median"] = power.minimum_detectable(test, typical=True)
         found[f"{name}.noise_floor"], found[f"{name}.noise_pairs"] = floor, pairs
         found[f"{name}.itemed"] = int(quantities[name].itemed.sum())
         found[f"{name}.based"] = quantities[name].based

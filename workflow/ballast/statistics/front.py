@@ -78,8 +78,8 @@ def front(
 
 
 def _seed_weights(known: np.ndarray, draws: int, draw: np.random.Generator) -> np.ndarray:
-    """How often each row's seeds are drawn, [draw, row, seed]: one draw of seeds for all rows; where
-    a row has none of the drawn, its own are drawn."""
+    """How often each row's seeds are drawn, [draw, row, seed]: one draw of seeds for all rows;
+    where a row has none of the drawn, its own are drawn."""
     n_rows, n_seeds = known.shape
     counts = draw.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)
     found = np.empty((draws, n_rows, n_seeds), dtype=np.float32)

@@ -17,16 +17,23 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class TaskItems:
-    """One task's items: score and base, [cell, item], 0 to 1, NaN where a cell has none; items: their
-    ids in ascending order; base: None where some cell that has items lacks the base's."""
+    """One task's items. score and base: [cell, item], 0 to 1, NaN where a cell has none; items:
+    their ids in ascending order; base: None where some cell that has items lacks the base's."""
 
     items: np.ndarray
     score: np.ndarray
     base: np.ndarray | None
 
+    def agreeing(self, value: np.ndarray) -> np.ndarray:
+        """Cells that have every item, and whose items average to their score (points, [cell]).
+
+        Corpus metrics do not, nor do samples of some items: they are not compared item by item.
+        """
+        return np.abs(100 * self.score.mean(axis=1) - value) <= TOLERANCE
+
 
 def task_items(items: pd.DataFrame, cells: list[str], tasks: list[str]) -> dict[str, TaskItems]:
-    """The items of these cells by task, cells in the order given; tasks without items are left out."""
+    """The items of these cells by task, cells in the order given; none of tasks without."""
     cell = _positions(items["cell"], cells)
     task = _positions(items["task"], tasks)
     chosen = np.flatnonzero((cell >= 0) & (task >= 0))
@@ -65,13 +72,6 @@ def _arrange(
     scores[cell, at], before[cell, at] = score, base
     complete = not (np.isnan(before) & ~np.isnan(scores)).any()
     return TaskItems(np.asarray(known), scores, before if complete else None)
-
-
-def agreeing(found: TaskItems, value: np.ndarray) -> np.ndarray:
-    """Cells that have every item, and whose items average to their score (points, [cell]). Corpus
-    metrics do not, and nor do samples of some items only: they cannot be compared item by item."""
-    mean = 100 * found.score.mean(axis=1)
-    return np.abs(mean - value) <= TOLERANCE
 
 
 @dataclass(frozen=True)

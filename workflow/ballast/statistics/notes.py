@@ -33,7 +33,7 @@ def _seeds(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
         return "Every row has one seed: no interval, test, rank or front is given."
     low, high = int(counts.min()), int(counts.max())
     many = f"{high} seeds" if low == high else f"{low} to {high} seeds"
-    text = f"{many} a row. Intervals: 95 % t intervals over seeds; differences are paired by seed."
+    text = f"{many} a row. Intervals of means: 95 % t intervals over seeds."
     single = int((counts == 1).sum())
     if single:
         have = "row has" if single == 1 else "rows have"
@@ -55,8 +55,9 @@ def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
     n = int((rows["n_ok"] > 0).sum())
     lacking = n - min(facts[f"{name}.itemed"] for name in with_items)
     text = (
-        "Tests between rows are paired by seed and item: both are random and crossed, with "
-        "Satterthwaite degrees of freedom"
+        "Tests between rows are paired by seed and item: a difference counts where it exceeds both "
+        "the noise of the seeds (paired t) and that of seeds and items together (crossed random "
+        "effects, Satterthwaite)"
     )
     others = [name for name in QUANTITIES if name not in with_items]
     if others:
@@ -71,8 +72,8 @@ def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
 def _corrections(control: str | None) -> str:
     against = f"the control ({control}) and against the base" if control else "the base"
     return (
-        f"p values against {against} are corrected by Holm, those of all pairs of rows by Benjamini "
-        "and Hochberg, for each quantity by itself."
+        f"p values against {against} are corrected by Holm, those of all pairs of rows by "
+        "Benjamini and Hochberg, for each quantity by itself."
     )
 
 
@@ -87,15 +88,17 @@ def _ranks(rows: pd.DataFrame) -> str:
 
 def _detectable(facts: dict[str, Any]) -> str:
     parts = [
-        f"{name} {facts[f'{name}.minimum_detectable']:.1f}"
+        f"{name} {facts[f'{name}.minimum_detectable']:.1f} "
+        f"({facts[f'{name}.minimum_detectable_median']:.1f})"
         for name in QUANTITIES
         if facts[f"{name}.minimum_detectable"] is not None
     ]
     if not parts:
         return ""
     return (
-        "Smallest difference of two rows that is found with power 0.8 at p < .05, before correction, "
-        f"in points: {', '.join(parts)}."
+        "Smallest difference of two rows that is found with power 0.8 at p < .05, before "
+        "correction, in points, from the variance pooled over all pairs (and of the median pair): "
+        f"{', '.join(parts)}."
     )
 
 
@@ -116,9 +119,9 @@ def _floor(facts: dict[str, Any]) -> str:
 
 def _front(facts: dict[str, Any]) -> str:
     text = (
-        f"Front: share of {facts['draws']} bootstrap draws of seeds and items, joint for all rows, in "
-        f"which a row is not dominated in E and F. Over {facts['seeds']} seeds a bootstrap varies too "
-        "little: shares near 0 and 1 are too sure."
+        f"Front: share of {facts['draws']} bootstrap draws of seeds and items, joint for all rows, "
+        f"in which a row is not dominated in E and F. Over {facts['seeds']} seeds a bootstrap "
+        "varies too little: shares near 0 and 1 are too sure."
     )
     if facts["hypervolume"] is None:
         return text

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ballast.statistics.crossed import Cube
-from ballast.statistics.items import TaskItems, agreeing, task_items
+from ballast.statistics.items import TaskItems, task_items
 from ballast.statistics.rows import Rows, points_tasks
 
 
@@ -36,16 +36,27 @@ def compared(rows: Rows, items: pd.DataFrame) -> dict[str, Quantity]:
 
 
 def _quantity(rows: Rows, name: str, tasks: list[str], found: dict[str, TaskItems]) -> Quantity:
-    values, here = rows.values(name), rows.place >= 0
-    usable = [found[k] for k in tasks if k in found and found[k].score.shape[1] > 1]
-    if not tasks or len(usable) < len(tasks):
+    parts = [itemed_task(rows, task, found) for task in tasks]
+    values = rows.values(name)
+    if not parts or not all(part.cubes for part in parts):
         return Quantity(values, (), np.zeros(len(values), dtype=bool), False)
-    based = all(item.base is not None for item in usable)
-    itemed = here.any(axis=1)
-    cubes = []
-    for task, item in zip(tasks, usable, strict=True):
-        score = rows.cells[f"score.{task}"].to_numpy(dtype=float, na_value=np.nan)
-        itemed &= (rows.arrange(agreeing(item, score)) == 1).sum(axis=1) == here.sum(axis=1)
-        gains = item.score - item.base if based else item.score
-        cubes.append((1 / len(tasks), 100 * rows.arrange(gains)))
-    return Quantity(values, tuple(cubes), itemed, based)
+    # All or none are differences to the base: a mean of both would be neither.
+    based = all(part.based for part in parts)
+    if not based:
+        parts = [itemed_task(rows, task, found, based=False) for task in tasks]
+    cubes = tuple((1 / len(parts), part.cubes[0][1]) for part in parts)
+    return Quantity(values, cubes, np.all([part.itemed for part in parts], axis=0), based)
+
+
+def itemed_task(rows: Rows, task: str, found: dict[str, TaskItems], based: bool = True) -> Quantity:
+    """The score of one task with its items, less the base's where those are known and `based`."""
+    score = rows.cells[f"score.{task}"].to_numpy(dtype=float, na_value=np.nan)
+    values, here = rows.arrange(score), rows.place >= 0
+    item = found.get(task)
+    if item is None or len(item.items) < 2:
+        return Quantity(values, (), np.zeros(len(values), dtype=bool), False)
+    based = based and item.base is not None
+    complete = rows.arrange(item.agreeing(score)) == 1
+    itemed = here.any(axis=1) & (complete | ~here).all(axis=1)
+    gains = 100 * rows.arrange(item.score - item.base if based else item.score)
+    return Quantity(values, ((1.0, gains),), itemed, based)

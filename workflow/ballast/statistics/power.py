@@ -6,26 +6,31 @@ import numpy as np
 from statsmodels.stats.power import TTestPower
 
 from ballast.statistics.adjust import ALPHA
+from ballast.statistics.crossed import Differences
 
 POWER = 0.8
 
 
 def minimum_detectable(
-    variance: np.ndarray, df: np.ndarray, alpha: float = ALPHA, power: float = POWER
+    test: Differences, alpha: float = ALPHA, power: float = POWER, typical: bool = False
 ) -> float | None:
-    """The difference that a t test finds with this power, before correction, in points.
+    """The difference that pairs like these show with this power, before correction, in points.
 
-    variance: of the mean differences of pairs, df: of the test of each; both are pooled over the
-    pairs. None if no pair has them. With seeds alone it is the paired t test's: variance is that of
-    the differences over S, df S - 1.
+    Variances are pooled over the pairs (typical: their median is taken, which rows that fail in
+    some seeds do not dominate). Of the crossed test and the one over seeds, which must both agree,
+    it is the larger. None if no pair has a variance.
     """
-    known = ~np.isnan(variance)
+    known = ~np.isnan(test.variance)
     if not known.any():
         return None
-    error = float(np.sqrt(variance[known].mean()))
-    freedom = float(np.median(df[known]))
-    size = _effect_size(freedom, alpha, power)
-    return None if size is None else float(size * np.sqrt(freedom + 1) * error)
+    pooled = np.median if typical else np.mean
+    found = []
+    for error, df in test.errors():
+        freedom = float(np.median(df[known]))
+        size = _effect_size(freedom, alpha, power)
+        if size is not None:
+            found.append(size * np.sqrt((freedom + 1) * pooled(error[known] ** 2)))
+    return float(max(found)) if found else None
 
 
 def _effect_size(df: float, alpha: float, power: float) -> float | None:
