@@ -39,7 +39,8 @@ class Analysis:
           seed
       `front`  share of bootstrap draws in which the row is on the front of F and E
     Where a row and the control have items, the interval of the difference is that of the test:
-    paired by seed and item (`crossed`). base.TASK and n.TASK, the same for all seeds, have a mean only.
+    paired by seed and item (`crossed`). base.TASK and n.TASK, the same for all seeds, have a mean
+    only.
     pairs: one row per pair of rows and Q of COMPARED: a, b (keys), quantity, difference (a - b),
       low, high, p, p_adjusted (all pairs of this table, Benjamini-Hochberg), n_seeds
     definitions: rank stability: one row per pair of definitions of "best" (a, b, tau, n): Kendall's

@@ -11,8 +11,8 @@ because the residual is in both of the first terms. V is not let below either of
 freedom are Satterthwaite's. Without items V is the first term: the t test paired by seed.
 
 Where three seeds agree by chance, V is the items' alone with hundreds of degrees of freedom, though
-the seeds have two: then Satterthwaite's p is far too small (where the noise is mostly the seeds', 7 %
-of true nulls have p < .05 but 1 to 2 % have p < .001). So p is never below that of the t test
+the seeds have two: then Satterthwaite's p is far too small (where the noise is mostly the seeds',
+7 % of true nulls have p < .05 but 1 to 2 % have p < .001). So p is never below that of the t test
 paired by seed, nor an interval narrower.
 """
 

@@ -34,20 +34,34 @@ class TaskItems:
 
 def task_items(items: pd.DataFrame, cells: list[str], tasks: list[str]) -> dict[str, TaskItems]:
     """The items of these cells by task, cells in the order given; none of tasks without."""
-    cell = _positions(items["cell"], cells)
-    task = _positions(items["task"], tasks)
-    chosen = np.flatnonzero((cell >= 0) & (task >= 0))
-    cell, task = cell[chosen], task[chosen]
-    name = items["item"].to_numpy()[chosen]
-    score = _numbers(items, "score", chosen)
-    base = _numbers(items, "base_score", chosen)
+    chosen, cell = _of_cells(items["cell"], cells)
+    part = items[["task", "item", "score", "base_score"]].take(chosen)
+    task = _positions(part["task"], tasks)
+    name = part["item"].to_numpy()
+    score, base = (_numbers(part[column]) for column in ("score", "base_score"))
     found = {}
     for at, title in enumerate(tasks):
         of_task = task == at
         if of_task.any():
-            parts = (x[of_task] for x in (cell, name, score, base))
-            found[title] = _arrange(len(cells), *parts)
+            found[title] = _arrange(len(cells), *(x[of_task] for x in (cell, name, score, base)))
     return found
+
+
+def _of_cells(column: pd.Series, cells: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries of a column name these cells, in order, and the position of each one's cell.
+
+    Items of a cell mostly lie together, so runs of equal names are looked up, not single entries:
+    a suite has tens of millions of items, and each of its tables asks for its own.
+    """
+    values = pd.Categorical(column)
+    start = np.flatnonzero(np.append(True, values.codes[1:] != values.codes[:-1]))
+    length = np.diff(start, append=len(values))
+    cell = np.append(pd.Index(cells).get_indexer(values.categories.astype(object)), -1)
+    cell = cell[values.codes[start]] if len(values) else np.empty(0, dtype=int)
+    start, length, cell = (x[cell >= 0] for x in (start[: len(cell)], length[: len(cell)], cell))
+    before = np.cumsum(length) - length
+    chosen = np.arange(length.sum()) + np.repeat(start - before, length)
+    return chosen, np.repeat(cell, length)
 
 
 def _positions(column: pd.Series, names: list[str]) -> np.ndarray:
@@ -57,10 +71,8 @@ def _positions(column: pd.Series, names: list[str]) -> np.ndarray:
     return np.append(where, -1)[values.codes]
 
 
-def _numbers(items: pd.DataFrame, name: str, chosen: np.ndarray) -> np.ndarray:
-    if name not in items:
-        return np.full(len(chosen), np.nan)
-    return pd.to_numeric(items[name]).to_numpy(dtype=float, na_value=np.nan)[chosen]
+def _numbers(column: pd.Series) -> np.ndarray:
+    return pd.to_numeric(column).to_numpy(dtype=float, na_value=np.nan)
 
 
 def _arrange(
