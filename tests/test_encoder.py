@@ -38,7 +38,7 @@ from ballast import metrics
 from ballast.anatomy import anatomy_of, targets_of
 from ballast.bases import micro_encoder
 from ballast.bases.build import make_base
-from ballast.cell import _Work
+from ballast.cell import Work
 from ballast.data import load_split, prepare_task
 from ballast.declare import discover
 from ballast.encoders import HEAD, EncoderLM, HeadTuner, add_head
@@ -838,9 +838,9 @@ def test_a_mixture_of_classifications_shares_a_head(tmp_path, micro):
     assert set(record["scores"]) == {"enc_facts", "enc_true", "enc_entails"}
     assert record["costs"]["head_parameters"] == 128 * 128 + 128 + 128 * 4 + 4
     spec, ready = json.loads(row["spec"]), ready_base(row, layout)
-    work = _Work(row, spec, layout, cell_folder(row, layout), ready, Phases(), Quiet())
-    work._load()
-    examples = work._examples()
+    work = Work(row, spec, layout, cell_folder(row, layout), ready, Phases(), Quiet())
+    work.load()
+    examples = work.examples()
     for task, classes in (("enc_true", {0, 1}), ("enc_entails", {2, 3})):
         pairs = zip(examples.tasks, examples.classes, strict=True)
         assert {c for t, c in pairs if t == task} == classes
@@ -860,8 +860,8 @@ def test_a_post_hoc_method_measures_each_parent_with_its_own_head(tmp_path, micr
 
     folder = cell_folder(row, layout)
     spec, ready = json.loads(row["spec"]), ready_base(row, layout)
-    work = _Work(row, spec, layout, folder, ready, Phases(), Quiet())
-    work._load()
+    work = Work(row, spec, layout, folder, ready, Phases(), Quiet())
+    work.load()
     heads = {}
     for target, other in rows.items():
         tensors, _ = read_tensors(cell_folder(other, layout) / "adapter.safetensors")

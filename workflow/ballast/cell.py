@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ ADAPTER, CHECKPOINT, CURVE = (
     "checkpoint.{key}.safetensors",
     "curve.csv",
 )
-PHASES = ("start", "load", "attach", "train", "merge", "evaluate")
+PHASES = ("start", "load", "attach", "train", "merge", "evaluate", "drift")
 
 
 def run_cell(row: dict[str, Any], layout: Layout, report: Any) -> dict[str, Any]:
@@ -73,6 +74,7 @@ class Work:
         self.ready, self.phases, self.report = ready, phases, report
         self.base: Any = None
         self.tuner: Any = None
+        self.untouched: Any = None
 
     def stored(self) -> dict[str, Any] | None:
         """What an earlier run of this very cell stored when it had trained, or None."""
@@ -92,6 +94,7 @@ class Work:
         self.report.note("trained before; scoring only")
         with self.phases.phase("load"):
             self.load()
+        self._look_at_base()
         if self.row["posthoc"]:
             self.put(tensors)
         else:
@@ -106,6 +109,7 @@ class Work:
         with self.phases.phase("load"):
             self.load()
             examples = self.examples()
+        self._look_at_base()
         with self.phases.phase("attach"):
             self.tuner = make_tuner(self.base, self.spec, self.layout)
             trainer = Trainer(
@@ -118,7 +122,7 @@ class Work:
                 self.report.step,
             )
             trainer.prepare()
-        first_step = since_start()
+        first_step = since_start() - self.phases.seconds.get("drift", 0.0)
         with self.phases.phase("train"):
             outcome = trainer.run()
         # The steps alone, those before a kill included; checkpoints and restarts are not training.
@@ -160,6 +164,7 @@ class Work:
         parents = [({k: v for k, v in w.items() if k not in heads[t]}, t) for w, t in parents]
         with self.phases.phase("load"):
             self.load()
+        self._look_at_base()
         method = load_method(self.layout.methods / f"{self.spec['method']}.py")
         changed = {key for weights, _ in parents for key in weights}
         state = self.base.model.state_dict()
@@ -232,6 +237,7 @@ class Work:
             comparison.add(tasks[name], scores, self.ready["tasks"][name])
         record["churn"] = comparison.churn
         record["files"] |= comparison.store(self.folder)
+        record["drift"] = self._drift()
         for path in self.folder.glob(CHECKPOINT.format(key="*")):
             path.unlink()
         return self._complete(record, stored, scored)
@@ -269,6 +275,43 @@ class Work:
         record["provenance"] |= provenance(self.layout.root, str(self.base.model.device))
         record["provenance"]["resumed_from"] = stored.get("resumed_from")
         return record
+
+    def _look_at_base(self) -> None:
+        """Note what the drift is measured against, while the base is untouched.
+
+        It waits in a file: in memory it would count as training's.
+        """
+        import torch
+
+        from ballast import drift
+        from ballast.template import template_for
+
+        tests = all(part.get("split", "test") == "test" for part in self.spec["tasks"].values())
+        if not (self.spec["evaluation"].get("drift", True) and tests and "split" not in self.spec):
+            return
+        with self.phases.phase("drift"):
+            encoder = self.base.anatomy.kind == "encoder"
+            delimiter = "" if encoder else template_for(self.base.tokenizer, self.spec).delimiter
+            entries = self.spec["tasks"]
+            folders = {name: Path(self.ready["tasks"][name]["folder"]) for name in entries}
+            texts = drift.texts(self.base, folders, entries, delimiter=delimiter)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.untouched = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            torch.save(drift.reference(self.base, texts), self.untouched)
+
+    def _drift(self) -> dict[str, float | None]:
+        import torch
+
+        from ballast import drift
+        from ballast.decompositions import Decompositions
+
+        if self.untouched is None:
+            return {}
+        cache = Decompositions(self.layout.decompositions(self.spec["base"], self.row["base_key"]))
+        with self.phases.phase("drift"), self.untouched as file:
+            file.seek(0)
+            found = torch.load(file, weights_only=False)  # written above, by this process
+            return drift.drift_of(found, self.base, Path(self.ready["model"]), cache=cache)
 
     def _store(self, tensors: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         from ballast.tensorfile import tensors_digest, write_tensors

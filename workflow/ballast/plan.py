@@ -332,7 +332,7 @@ def _row(
         "base_key": base.key,
         "data_key": key_of({k: v["data_key"] for k, v in base.tasks.items()}, length=12),
         "train_key": train_key,
-        "eval_key": key_of(scored),
+        "eval_key": key_of(scored, suite.config["evaluation"]["drift"]),
         "spec": json.dumps(spec | {"method_digest": method.digest}, sort_keys=True),
     }
 

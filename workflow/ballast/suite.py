@@ -44,6 +44,7 @@ EVALUATION = {
     "validation": 200,
     "generation": 100,
     "batch_size": 128,
+    "drift": True,
 }
 # Of an encoder's classification head; among the settings of targets that have one.
 HEAD_LEARNING_RATE = 1e-3
