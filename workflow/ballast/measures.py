@@ -15,16 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ballast import tradeoff
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ballast import geometry, tradeoff
 
 Record = Mapping[str, Any]
-TOP_SHARE = 0.1  # of a matrix's directions that count as its top
 
 
 @dataclass(frozen=True)
@@ -53,12 +48,6 @@ class Measure:
         if self.name == "delta_ce":
             return "dce.TASK"
         return f"drift.{self.name}" if self.level == "model" else self.name
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that there are, None if there are none."""
-    there = [value for value in values if value is not None]
-    return fmean(there) if there else None
 
 
 def cgm_average(target: float | None, source: float | None, upstream: int) -> float | None:
@@ -154,99 +143,6 @@ def _of_mean(variances: Sequence[float]) -> float:
     return math.sqrt(sum(variances)) / len(variances) if variances else 0.0
 
 
-def kl(base: Tensor, tuned: Tensor) -> float:
-    """KL(base || tuned) = sum p_base (log p_base - log p_tuned), the mean over tokens, in nats.
-
-    base, tuned: log-probabilities [tokens, V]. At least 0; what rounding puts below is 0.
-    """
-    old, new = base.double(), tuned.double()
-    return max(0.0, float(_expected(old, old - new).mean()))
-
-
-def forgetting_loss(base: Tensor, tuned: Tensor) -> float:
-    """MiLoRA's forgetting loss: -sum p_base log p_tuned, the mean over tokens, in nats.
-
-    base, tuned: log-probabilities [tokens, V]. An untouched base has its own entropy.
-    """
-    return float(-_expected(base.double(), tuned.double()).mean())
-
-
-def kl_corrected(base: Tensor, tuned: Tensor) -> float:
-    """MiLoRA's forgetting loss less the base's entropy, in nats: 0 for an untouched base.
-
-    Over the same tokens it equals `kl`; as the loss itself, it is compared within a base only.
-    """
-    return max(0.0, forgetting_loss(base, tuned) - forgetting_loss(base, base))
-
-
-def _expected(logs: Tensor, values: Tensor) -> Tensor:
-    """Sum over the last axis of p values; what has probability 0 counts as 0."""
-    weights = logs.exp()
-    return (weights * values).masked_fill(weights == 0, 0.0).sum(-1)
-
-
-def weight_change(delta: Tensor, weight: Tensor) -> float | None:
-    """||dW|| / ||W0|| of one matrix, Frobenius norms; None for a W0 of zeros."""
-    size = float(weight.double().norm())
-    return float(delta.double().norm()) / size if size else None
-
-
-def activation_change(change: Tensor, inputs: Tensor) -> float | None:
-    """Mean over tokens of ||D(x)|| / ||x||: change [tokens, out] on inputs [tokens, in].
-
-    Tokens with x = 0 do not count; None if there are no others.
-    """
-    sizes = inputs.double().norm(dim=-1)
-    counted = sizes > 0
-    ratios = change.double().norm(dim=-1)[counted] / sizes[counted]
-    return float(ratios.mean()) if len(ratios) else None
-
-
-def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the singular values as shares of their sum; 0 for a zero matrix."""
-    values = singular_values.double()
-    values = values[values > 0]
-    shares = values / values.sum()
-    return float((-(shares * shares.log()).sum()).exp()) if len(values) else 0.0
-
-
-def density(delta: Tensor) -> float:
-    """Share of the entries of dW that are not 0; 0 to 1."""
-    return int(delta.count_nonzero()) / delta.numel()
-
-
-def top_directions(rows: int, columns: int) -> int:
-    """How many singular directions of a matrix count as its top: a tenth of them, at least one."""
-    return max(1, round(TOP_SHARE * min(rows, columns)))
-
-
-def top_share(delta: Tensor, left: Tensor, right: Tensor) -> float | None:
-    """||U_k^T dW V_k||^2 / ||dW||^2: what of dW [m, n] lies in W0's top space on both sides.
-
-    left [m, k], right [n, k]: orthonormal, W0's singular vectors of the k largest singular values.
-    A dW that knows nothing of W0 has k^2 / (m n). None for a dW of zeros.
-    """
-    whole = float(delta.double().square().sum())
-    inside = left.double().T @ delta.double() @ right.double()
-    return float(inside.square().sum()) / whole if whole else None
-
-
-def cka(base: Tensor, tuned: Tensor) -> float | None:
-    """Linear CKA of features [tokens, width] of the same tokens; 0 to 1, 1 for like geometry.
-
-    None where all tokens have the same features.
-    """
-    x, y = base.double(), tuned.double()
-    x, y = x - x.mean(0), y - y.mean(0)
-    if len(x) < x.shape[1]:
-        k, m = x @ x.T, y @ y.T
-        both, first, second = (k * m).sum(), (k * k).sum(), (m * m).sum()
-    else:
-        both, first, second = ((a.T @ b).square().sum() for a, b in ((x, y), (x, x), (y, y)))
-    scale = float(first * second) ** 0.5
-    return float(both) / scale if scale else None
-
-
 _MILORA = "MiLoRA, arXiv:2406.09044, after Kalajdzievski 2024, arXiv:2401.05605"
 _POINTS = "points"
 _OF_WEIGHTS = "over the matrices that changed: linears of layers and connector, input embedding"
@@ -318,27 +214,28 @@ MEASURES: dict[str, Measure] = _of(
     Measure(
         "kl", "KL(base‖tuned)", "mean over tokens of Σ p_base (log p_base − log p_tuned)",
         "0: predicts as the base", "nats per token", "0 up",
-        "Kullback & Leibler 1951, on generic text", "lower", "model", kl,
+        "Kullback & Leibler 1951, on generic text", "lower", "model", geometry.kl,
     ),
     Measure(
         "forgetting_loss", "Forgetting loss", "L = mean over tokens of −Σ p_base log p_tuned",
         "the base's entropy H: nothing changed; larger: forgot", "nats per token", "H up",
-        _MILORA, "lower", "model", forgetting_loss,
+        _MILORA, "lower", "model", geometry.forgetting_loss,
     ),
     Measure(
         "kl_corrected", "Forgetting loss less entropy", "L − H, H = −Σ p_base log p_base",
         "0: predicts as the base; equals kl on the same tokens", "nats per token", "0 up",
-        f"{_MILORA}; corrected for the base's entropy", "lower", "model", kl_corrected,
+        f"{_MILORA}; corrected for the base's entropy", "lower", "model", geometry.kl_corrected,
     ),
     Measure(
         "weight_change", "Relative weight change", f"mean of ‖ΔW‖ / ‖W0‖ {_OF_WEIGHTS}",
         "0: no weight changed", "ratio", "0 up", "Frobenius norms; common", "neither", "model",
-        weight_change,
+        geometry.weight_change,
     ),
     Measure(
-        "changed_share", "Matrices changed",
-        "changed matrices / all linears of layers and connector, and the input embedding",
-        "0: none; 1: all", "share", "0 to 1", "this suite", "neither", "model", density,
+        "changed_share", "Linears changed",
+        "linears that changed / all linears of the layers and the connector",
+        "0: none; 1: all", "share", "0 to 1", "this suite", "neither", "model",
+        geometry.changed_share,
     ),
     Measure(
         "activation_change", "Relative change of activations",
@@ -346,30 +243,31 @@ MEASURES: dict[str, Measure] = _of(
         "x the base's own inputs",
         "0: no linear computes anything else", "ratio", "0 up",
         "F_Δ of retention studies; kin of PEFT-Arena's CSD, arXiv:2605.28819", "neither", "model",
-        activation_change,
+        geometry.activation_change,
     ),
     Measure(
         "effective_rank", "Effective rank of ΔW",
         f"mean of exp(−Σ p log p), p = σ / Σσ of ΔW, {_OF_WEIGHTS}",
         "large: many directions changed; 0: none", "directions", "0 to the smaller dimension",
-        "Roy & Vetterli 2007", "neither", "model", effective_rank,
+        "Roy & Vetterli 2007", "neither", "model", geometry.effective_rank,
     ),
     Measure(
         "density", "Density of ΔW", f"entries that changed / all entries, {_OF_WEIGHTS}",
         "0: none changed; 1: all", "share", "0 to 1", "common in sparse tuning", "neither",
-        "model", density,
+        "model", geometry.density,
     ),
     Measure(
         "top_share", "ΔW in the top singular space",
         "mean of ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖², U_k and V_k the singular vectors of W0's k largest "
         f"singular values, k a tenth of them, {_OF_WEIGHTS}",
         "large: works on what W0 does most; k²/(m n) if it knows nothing of W0", "share",
-        "0 to 1", "after LoRA, arXiv:2106.09685, section 7.3", "neither", "model", top_share,
+        "0 to 1", "after LoRA, arXiv:2106.09685, section 7.3", "neither", "model",
+        geometry.top_share,
     ),
     Measure(
         "cka", "CKA", "mean over layers of linear CKA of the hidden states, base against tuned, on "
         "the same tokens", "1: same geometry", "share", "0 to 1",
-        "Kornblith et al. 2019, arXiv:1905.00414", "higher", "model", cka,
+        "Kornblith et al. 2019, arXiv:1905.00414", "higher", "model", geometry.cka,
     ),
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ def fingerprint(weight: Tensor) -> Tensor:
 
 
 class StoredWeights:
-    """The safetensors of a base's folder; only their headers are kept.
+    """The safetensors of a base's folder, mapped and not read until a weight is asked for.
 
     A file may name a weight otherwise than the model (a prefix of an older version): it is found by
     the end of its name, and by its fingerprint.
@@ -29,10 +29,8 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as stored:
-                self.files |= dict.fromkeys(stored.keys(), path)
+        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._files = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         self._found: dict[str, str] = {}
 
     def weight(self, name: str, mark: Tensor, like: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ class StoredWeights:
         """
         if name in self._found:
             return self._read(self._found[name], like)
-        for key in sorted(self.files, key=lambda key: (-_shared(key, name), key)):
+        for key in sorted(self._files, key=lambda key: (-_shared(key, name), key)):
             if _shared(key, name) == 0 or self._shape(key) != list(like.shape):
                 continue
             weight = self._read(key, like)
@@ -55,12 +53,10 @@ class StoredWeights:
         )
 
     def _read(self, key: str, like: Tensor) -> Tensor:
-        with safe_open(self.files[key], framework="pt") as stored:
-            return stored.get_tensor(key).to(like.device, like.dtype)
+        return self._files[key].get_tensor(key).to(like.device, like.dtype)
 
     def _shape(self, key: str) -> list[int]:
-        with safe_open(self.files[key], framework="pt") as stored:
-            return list(stored.get_slice(key).get_shape())
+        return list(self._files[key].get_slice(key).get_shape())
 
 
 def _shared(left: str, right: str) -> int:
