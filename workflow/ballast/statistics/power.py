@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from statsmodels.stats.power import TTestPower
 
@@ -27,12 +29,13 @@ def minimum_detectable(
     found = []
     for error, df in test.errors():
         freedom = float(np.median(df[known]))
-        size = _effect_size(freedom, alpha, power)
+        size = _effect_size(round(freedom, 2), alpha, power)
         if size is not None:
             found.append(size * np.sqrt((freedom + 1) * pooled(error[known] ** 2)))
     return float(max(found)) if found else None
 
 
+@lru_cache(maxsize=4096)
 def _effect_size(df: float, alpha: float, power: float) -> float | None:
     """Of a t test with n = df + 1; None where the equation has no solution that can be found."""
     # The search of statsmodels starts too low for the effect sizes above 10 that n = 2 needs.
