@@ -36,7 +36,7 @@ def chosen_rows(count: int, wanted: int | None) -> list[int] | None:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode, then every mode and random state as it was before."""
     modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, numpy = random.getstate(), np.random.get_state()
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
@@ -46,7 +46,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            np.random.set_state(numpy)
 
 
 class Scorer:
@@ -113,7 +113,8 @@ class Scorer:
         ready = self.work.ready["tasks"][name]
         if "items" not in ready:
             raise DataError(
-                f"base {self.work.row['base']}: its items of {name} are not known; run the suite again"
+                f"base {self.work.row['base']}: its items of {name} are not known; "
+                "run the suite again"
             )
         return ready["items"]
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ballast.tune_plot import write_curves
 from ballast.records import read_path
 from ballast.tune import write_rates
+from ballast.tune_plot import write_curves
 
 records = [read_path(Path(path)) for path in snakemake.input]
 chosen = write_rates(records, Path(snakemake.output.table))
