@@ -1,0 +1,13 @@
+"""Merge bundles from other machines beside a suite's own results."""
+
+import sys
+from pathlib import Path
+
+from ballast.community import INCOMING, merge
+
+home = Path(snakemake.params.suite)
+report = merge(home / INCOMING, home)
+text = "\n".join(report.lines()) + "\n"
+Path(snakemake.log[0]).write_text(text, encoding="utf-8")
+print(text, end="", file=sys.stderr)
+sys.exit(bool(report.refused))
