@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from ballast.files import key_of
 
 
 def one_line(text: str) -> str:
@@ -15,11 +19,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:120] or "table"
 
 
+def file_names(places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """A file name for each base and target, safe on every disk; a hash tells equal ones apart."""
+    plain = {where: slug(f"{where[0]}-{where[1]}") for where in places}
+    taken = [name.lower() for name in plain.values()]
+    return {
+        where: name if taken.count(name.lower()) == 1 else f"{name}-{key_of(*where, length=6)}"
+        for where, name in plain.items()
+    }
+
+
 def shorten(text: str, longest: int) -> str:
     """The text cut to `longest` characters, with an ellipsis if it was longer."""
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
+@lru_cache(maxsize=65536)
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, inside a table's cell too; HTML in it stays text."""
     text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -35,9 +50,13 @@ _LATEX = {
     "[": "{[}", "]": "{]}", "*": "{*}", "`": r"\textasciigrave{}", "-": r"{-}",
     "Δ": r"$\Delta$", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "α": r"$\alpha$",
     "β": r"$\beta$", "λ": r"$\lambda$", "≥": r"$\geq$", "≤": r"$\leq$", "…": r"\ldots{}",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "°": r"$^\circ$", "τ": r"$\tau$", "‖": r"$\|$",
+    "→": r"$\rightarrow$", "∞": r"$\infty$", "√": r"$\surd$", "·": r"$\cdot$", "’": "'",
+    "“": "``", "”": "''",
 }  # fmt: skip
 
 
+@lru_cache(maxsize=65536)
 def latex(text: str) -> str:
     """Text for LaTeX: its specials escaped; characters beyond Latin named by their code point.
 

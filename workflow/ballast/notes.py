@@ -1,13 +1,19 @@
-"""What stands below a trade-off table and beside its rows: what a reader must know to trust it."""
+"""What stands below a table and beside its rows: what a reader must know to trust it."""
 
 from __future__ import annotations
 
 import json
 import math
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from ballast.printed import absent, number
+from ballast.statistics.analysis import COMPARED, LEVEL
+
+if TYPE_CHECKING:
+    from ballast.summary import Place
 
 Cell = dict[str, Any]  # a row of the tidy table, what is not there being None
 STATES = {
@@ -18,75 +24,131 @@ STATES = {
 }
 
 
-def status_note(block: list[Cell]) -> str:
-    """Why seeds of a row do not count: "1 failed (diverged: NaN), 2 missing", or nothing."""
-    parts = []
-    for status, word in STATES.items():
-        bad = [cell for cell in block if cell["status"] == status]
-        if not bad:
-            continue
-        reasons = sorted({str(cell["reason"]) for cell in bad}) if status == "failed" else []
-        why = f" ({'; '.join(_short(reason) for reason in reasons)})" if reasons else ""
-        parts.append(f"{len(bad)} {word}{why}")
-    return ", ".join(parts)
-
-
-def _short(text: str, longest: int = 80) -> str:
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
-
-
 def row_name(row: Any) -> str:
     """Method, rank and variant of a row in one piece, e.g. "LoRA r8 +tuned"."""
-    name = str(row["title"])
+    name = str(row.get("name") or row["title"])
     name += "" if pd.isna(row["rank"]) else f" r{int(row['rank'])}"
     return name + (f" +{row['variant']}" if row["variant"] else "")
 
 
-def footnotes(
-    table: pd.DataFrame,
-    group: pd.DataFrame,
-    named: list[tuple[str, list[Cell]]],
-    tasks: dict[str, Any],
-) -> list[str]:
-    """Footnotes of a trade-off table, in plain text. named: each row with its cells that are ok."""
-    found = [
+def tradeoff(place: Place) -> tuple[str, ...]:
+    """Notes of the trade-off table: signs, spreads, marks, and what statistics says of it."""
+    return (
         "E = Target − Target of the untouched base; F = mean of (upstream score − the base's), "
-        "negative is forgetting; O = E + F; Avg = (Source + Target) / 2; H = 2 S T / (S + T). "
-        "All in points.",
-        _spread(table),
-        *_marked(table),
-        _items(tasks),
-        *_losses(table, tasks),
+        "negative is forgetting; O = E + F. Mean ± standard deviation over the seeds that are ok; "
+        f"95 %: t interval of the mean over them.{_single(place)}",
+        _marks(place),
+        *place.analysis.notes,
+        *_counts(place.cells),
+    )
+
+
+def _single(place: Place) -> str:
+    few = (place.analysis.rows["n_ok"] == 1).sum()
+    return " A row with one seed has no spread, interval or rank." if few else ""
+
+
+def _marks(place: Place) -> str:
+    analysis = place.analysis
+    if not analysis.rows[[f"{key}.rank_low" for key in COMPARED]].notna().any(axis=None):
+        return "Nothing is ranked or marked as better: no row has two seeds."
+    text = (
+        "#: ranks by O that the row may hold; rows that the tests do not tell apart share them. "
+        "Bold: no row is found to be better; a column in which that holds for every row has none."
+    )
+    if analysis.control is None:
+        return text
+    control = row_name(place.rows[analysis.control])
+    return (
+        f"{text} ↑ better, ↓ worse than {control}; ° not told apart from the untouched base "
+        f"(adjusted p at {1 - LEVEL:.2f})."
+    )
+
+
+def smallest(place: Place) -> list[str]:
+    """One line on how small a difference may be and still be found, and on the A/A noise."""
+    parts = [
+        f"{title}: {', '.join(found)}"
+        for title, key in (
+            ("Minimum detectable difference of two rows, points", "minimum_detectable"),
+            ("A/A noise floor", "noise_floor"),
+        )
+        if (found := _of_compared(place.analysis.facts, key))
+    ]
+    return [f"{'. '.join(parts)}."] if parts else []
+
+
+def _of_compared(facts: dict[str, Any], key: str) -> list[str]:
+    values = {name: facts.get(f"{name}.{key}") for name in ("E", "F", "O")}
+    return [f"{name} {number(value, 1)}" for name, value in values.items() if not absent(value)]
+
+
+def control(place: Place) -> tuple[str, ...]:
+    """Notes of the comparison with the control."""
+    name = row_name(place.rows[str(place.analysis.control)])
+    return (
+        f"Δ: mean difference to {name} over the seeds that both have, its {100 * LEVEL:.0f} % "
+        "interval, and p of the test paired by seed and item, corrected for the number of rows "
+        f"(Holm); ↑ better, ↓ worse at p < {1 - LEVEL:.2f}. Rank: ranks that the row may hold by "
+        "the tests of all pairs (Benjamini and Hochberg). A row that shares fewer than two seeds "
+        "with the control has no interval or p.",
+    )
+
+
+def scores(place: Place) -> tuple[str, ...]:
+    """Notes of the scores: the tasks, and whether the records agree on the base."""
+    found = [
+        "Source, Target: means over the upstream and the target's tasks; Avg = (Source + Target) / "
+        "2; H = 2 S T / (S + T).",
+        _items(place.tasks),
+        *_base_moves(place.cells),
+    ]
+    return tuple(note for note in found if note)
+
+
+def costs(place: Place) -> tuple[str, ...]:
+    """Notes of the costs and settings."""
+    named = named_cells(place)
+    return (
         *_scored(named),
         *_layers(named),
         *_density(named),
-        *_rates(group),
-        *_base_moves(group),
-        *_counts(group),
+        *_rates(place.cells),
         "Train s: training steps alone. Memory: the highest during training. Post-hoc methods "
         "train nothing; their parents' costs are not in their rows.",
+    )
+
+
+def losses(place: Place) -> tuple[str, ...]:
+    """Notes of losses and probes."""
+    known = [
+        f"{facts['title']} {facts['base_loss']:.3f}"
+        for facts in place.tasks.values()
+        if facts.get("base_loss") is not None
     ]
-    return [note for note in found if note]
+    base = f" The base's own losses: {', '.join(known)}." if known else ""
+    return (
+        "ΔCE = loss − the untouched base's loss, nats per token of the response or text; positive "
+        f"is worse.{base}",
+    )
 
 
-def _spread(table: pd.DataFrame) -> str:
-    n = sorted(set(table["n_ok"].tolist()[1:]) - {0})
-    text = "Mean ± standard deviation over seeds, cells that are ok only"
-    return text + ("; one seed has no ±." if 1 in n else ".")
-
-
-def _marked(table: pd.DataFrame) -> list[str]:
-    ranked = [item for item in table.attrs["columns"] if item["ranked"]]
-    if not any((table[f"{item['key']} mark"] != "").any() for item in ranked):
-        why = (
-            "no row has two seeds" if table["n_ok"].max() < 2 else "no difference exceeds the noise"
-        )
-        return [f"Nothing is marked as better: {why}."]
-    single = ", rows with one seed are never marked" if (table["n_ok"] == 1).any() else ""
+def named_cells(place: Place) -> list[tuple[str, list[Cell]]]:
+    """Each row's name with its cells that are ok."""
+    good = place.cells[place.cells["status"] == "ok"]
+    kept = [
+        name
+        for name in good
+        if name in ("method", "variant", "rank", "scored", "hyper")
+        or (name.startswith("report.") and ("density" in name or name == "report.layers"))
+    ]
+    plain = good[kept].astype(object)
+    blocks: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in plain.where(good[kept].notna(), None).to_dict("records"):
+        blocks.setdefault((cell["method"], cell["variant"], cell["rank"]), []).append(cell)
     return [
-        "Bold: best; underlined (Markdown: italic): second best. Rows within one pooled standard "
-        f"error of the difference over seeds share a mark{single}; a column in which all rows tie "
-        "has none. The noise of the test items is not in it. Costs are not ranked."
+        (row_name(row), blocks.get((row["method"], row["variant"], row["rank"]), []))
+        for row in place.rows.values()
     ]
 
 
@@ -102,21 +164,6 @@ def _items(tasks: dict[str, Any]) -> str:
             text += f", chance {facts['chance']:g}"
         parts.append(text + ")")
     return f"Tasks: {'; '.join(parts)}." if parts else ""
-
-
-def _losses(table: pd.DataFrame, tasks: dict[str, Any]) -> list[str]:
-    if not any(item["table"] == 2 for item in table.attrs["columns"]):
-        return []
-    losses = [
-        f"{facts['title']} {facts['base_loss']:.3f}"
-        for facts in tasks.values()
-        if facts.get("base_loss") is not None
-    ]
-    base = f" The base's own losses: {', '.join(losses)}." if losses else ""
-    return [
-        "ΔCE = loss − the untouched base's loss, nats per token of the response or text; positive "
-        f"is worse. Losses, perplexities and probes enter no mean.{base}"
-    ]
 
 
 def _scored(named: list[tuple[str, list[Cell]]]) -> list[str]:
@@ -189,5 +236,5 @@ def _counts(group: pd.DataFrame) -> list[str]:
     counts = group["status"].value_counts()
     bad = [f"{counts[key]} {word}" for key, word in STATES.items() if key in counts.index]
     if not bad:
-        return [f"All {len(group)} cells are ok; no row was skipped."]
+        return [f"All {len(group)} cells are ok; none was left out."]
     return [f"Of {len(group)} cells, not averaged in: {', '.join(bad)}."]

@@ -72,12 +72,14 @@ def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> 
 
 def closing_text(plan: pd.DataFrame, layout: Layout, suite: str) -> str:
     """The leaderboard as far as records go; nothing before there are any."""
-    records, problems = scan(layout.suite(suite) / "cells")
-    if not records and not problems:
-        return ""
-    from ballast.tables import screen
+    from ballast.leaderboard import screen
+    from ballast.output import places_of
+    from ballast.results import read_results
 
-    return "\n".join([screen(records, plan, layout.suite(suite)), *problems])
+    results = read_results(layout, suite, plan)
+    if not results.records and not results.problems:
+        return ""
+    return "\n".join([screen(results, places_of(results), results.folder), *results.problems])
 
 
 def _duration(seconds: float) -> str:

@@ -1,52 +1,114 @@
-"""Trade-off tables in the papers' layout: means over seeds, their spread, and what may be ranked.
+"""The tables of one base and target: trade-off, comparison with the control, scores, costs, losses.
 
-Only cells that are ok enter a mean. Differences smaller than the noise are not ranked: s is a
-column's standard deviation over seeds, pooled over its rows, and two rows with n and m seeds are
-told apart only beyond s sqrt(1/n + 1/m), the standard error of their difference. A row with one
-seed has no spread, so it is never marked.
+Means, intervals, tests, ranks and ties come from `statistics.analyse`; nothing is decided here.
+`details` has the tables beyond these.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
 from ballast import notes, tradeoff
+from ballast.printed import (
+    DASH,
+    Cell,
+    Column,
+    Table,
+    absent,
+    compact,
+    figures,
+    interval,
+    number,
+    p_value,
+    ranks,
+    share,
+    spread,
+)
+from ballast.results import Results
+from ballast.statistics.analysis import COMPARED, LEVEL, Analysis
 
 ROLES = ("upstream", "target", "probe")
-KEY = ["family", "method", "variant", "rank"]
-Column = dict[str, Any]  # key, header, group, digits, signed, better, ranked, table, base
+IDENTITY = ("method", "title", "family", "variant", "rank", "n_ok", "n_planned", "note")
+Row = dict[str, Any]
 
 
-def column(key: str, header: str, group: str, digits: int = 2, **other: Any) -> Column:
-    """How one quantity is shown. better: higher, lower or None; ranked: best and second are marked;
-    table: 1 for points and costs, 2 for losses and probes; base: value of the untouched base."""
-    common = {"signed": False, "better": "higher", "ranked": True, "table": 1, "base": None}
-    return {"key": key, "header": header, "group": group, "digits": digits} | common | other
+@dataclass(frozen=True)
+class Place:
+    """A base and target: its analysis, and the cells of the tidy table that belong to it."""
+
+    results: Results
+    analysis: Analysis
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """The planned cells; columns of tasks and measures that nothing here has are left out."""
+        table = self.results.table
+        here = (table["base"] == self.analysis.base) & (table["target"] == self.analysis.target)
+        found = table[here & (table["status"] != "unplanned")]
+        kept = [name for name in found if "." not in name or found[name].notna().any()]
+        return found[kept]
+
+    @cached_property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """What is known of the tasks, by role and name."""
+        return task_facts(self.cells)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """Rows of the analysis by key, with that `key` and a `name`: the title, and its name
+        where two methods share one title."""
+        frame = self.analysis.rows
+        shared = frame.groupby("title")["method"].nunique()
+        plain = frame.astype(object).where(frame.notna(), None)
+        found = {}
+        for key, row in zip(frame.index, plain.to_dict("records"), strict=True):
+            title = str(row["title"])
+            row["name"] = title if shared[title] == 1 else f"{title} ({row['method']})"
+            row["key"] = str(key)
+            found[row["key"]] = row
+        return found
+
+    @cached_property
+    def base(self) -> dict[str, float | None]:
+        """The untouched base's value of each quantity that it has one of."""
+        found: dict[str, float | None] = {}
+        for name in self.tasks:
+            found[f"score.{name}"] = _mean(self.cells.get(f"base.{name}"))
+            found[f"dce.{name}"] = 0.0
+        found |= {
+            key.removeprefix("base_"): _mean(self.cells[key])
+            for key in self.cells
+            if key.startswith("base_extra.")
+        }
+        s, t = (self._mean_of(role) for role in ("upstream", "target"))
+        found |= {"source_mean": s, "target_mean": t, "Avg": tradeoff.average(s, t)}
+        return found | {"H": tradeoff.harmonic_mean(s, t)}
+
+    def _mean_of(self, role: str) -> float | None:
+        scores = {name: _mean(self.cells.get(f"base.{name}")) for name in self.points(role)}
+        known = {name: value for name, value in scores.items() if value is not None}
+        return tradeoff.source_mean(known)
+
+    def points(self, role: str) -> list[str]:
+        """Tasks of a role that are scored in points."""
+        return [k for k, v in self.tasks.items() if v["role"] == role and v["unit"] == "points"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.analysis.base} tuned on {self.analysis.target}"
 
 
-def tradeoff_tables(tidy: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """One table for each base and target: first the untouched base, then method × variant × rank.
-
-    For each quantity KEY: KEY (mean over the seeds that are ok), `KEY sd` (where at least two are)
-    and `KEY mark` (best, second or empty). attrs: base, target, columns (how each is shown) and
-    footnotes. Cells that the plan does not have any more are left out.
-    """
-    planned = tidy[tidy["status"] != "unplanned"]
-    return {
-        (str(base), str(target)): _table(str(base), str(target), group)
-        for (base, target), group in planned.groupby(["base", "target"], sort=True)
-    }
-
-
-def task_facts(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """What is known of the tasks, by role and name; cells that are ok are believed first."""
-    ordered = group.sort_values("status", key=lambda s: s != "ok", kind="stable")
+def task_facts(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """What is known of the tasks of cells (rows of the tidy table), by role and name; cells that
+    are ok are believed first."""
+    ordered = cells.sort_values("status", key=lambda s: s != "ok", kind="stable")
     found: dict[str, dict[str, Any]] = {}
     for text in ordered["tasks"].drop_duplicates():
         for name, facts in json.loads(text).items():
@@ -54,199 +116,252 @@ def task_facts(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[1]["role"]), item[0])))
 
 
-def _columns(group: pd.DataFrame, tasks: dict[str, dict[str, Any]]) -> list[Column]:
-    def scores(role: str, where: str) -> list[Column]:
-        chosen = [k for k, v in tasks.items() if v["role"] == role and v["unit"] == "points"]
-        return [
-            column(f"score.{k}", tasks[k]["title"], where, base=_base(group, k)) for k in chosen
-        ]
-
-    upstream, target = scores("upstream", "Upstream"), scores("target", "Downstream")
-    s = tradeoff.source_mean({c["key"]: c["base"] for c in upstream if c["base"] is not None})
-    t = tradeoff.target_mean({c["key"]: c["base"] for c in target if c["base"] is not None})
-    cost = {"better": "lower", "ranked": False}
-    first = [
-        *upstream,
-        column("source_mean", "Source", "Upstream", base=s),
-        column("F", "F", "Upstream", signed=True),
-        *(target if len(target) > 1 else []),
-        column("target_mean", "Target", "Downstream", base=t),
-        column("E", "E", "Downstream", signed=True),
-        column("Avg", "Avg", "Both", base=tradeoff.average(s, t)),
-        column("H", "H", "Both", base=tradeoff.harmonic_mean(s, t)),
-        column("O", "O", "Both", signed=True),
-        column("trainable_parameters", "Trainable", "Cost", 0, **cost),
-        column("seconds.train", "Train s", "Cost", 1, **cost),
-        column("memory_mb.train", "Memory MB", "Cost", 0, **cost),
-    ]
-    return first + _separate(group, tasks)
-
-
-def _separate(group: pd.DataFrame, tasks: dict[str, dict[str, Any]]) -> list[Column]:
-    """Columns of the second table: losses, and whatever is a probe or not in points."""
-    found = []
-    for name, facts in tasks.items():
-        if f"dce.{name}" in group and group[f"dce.{name}"].notna().any():
-            shown = {"signed": True, "better": "lower", "base": 0.0}
-            header = f"ΔCE {facts['title']}"
-            found.append(column(f"dce.{name}", header, "ΔCE, nats per token", 3, table=2, **shown))
-    for name, facts in tasks.items():
-        if facts["role"] == "probe" or facts["unit"] != "points":
-            unit = {"points": "points", "nats": "nats per token", "perplexity": "perplexity"}
-            header = f"{facts['title']} ({facts['metric']}, {unit[facts['unit']]})"
-            shown = {"better": facts["direction"], "base": _base(group, name), "table": 2}
-            digits = 2 if facts["unit"] == "points" else 3
-            found.append(column(f"score.{name}", header, "Own scales", digits, **shown))
-        for key in sorted(k for k in group if k.startswith(f"extra.{name}.")):
-            if group[key].notna().any():
-                found.append(_extra(group, key, key.removeprefix(f"extra.{name}."), facts))
-    return found
-
-
-def _extra(group: pd.DataFrame, key: str, name: str, facts: dict[str, Any]) -> Column:
-    perplexity = name.endswith("perplexity")
-    header = f"{facts['title']} ({name.replace('_', ' ')}{', %' if name == 'answered' else ''})"
-    shown = {"better": "lower" if perplexity else None, "ranked": perplexity}
-    base = _mean(group.get(f"base_{key}"))
-    digits = 3 if perplexity else 2
-    return column(key, header, "Own scales", digits, table=2, base=base, **shown)
-
-
-def _base(group: pd.DataFrame, task: str) -> float | None:
-    return _mean(group.get(f"base.{task}"))
-
-
 def _mean(values: pd.Series | None) -> float | None:
     return None if values is None or values.isna().all() else fmean(values.dropna())
 
 
-def _table(base: str, target: str, group: pd.DataFrame) -> pd.DataFrame:
-    kept = [name for name in group if "." not in name or group[name].notna().any()]
-    group = group[kept]
-    tasks = task_facts(group)
-    columns = _columns(group, tasks)
-    blocks = _blocks(group)
-    rows = [_zero_shot(columns)]
-    rows += [
-        _row(block, title, columns) for block, title in zip(blocks, _titles(blocks), strict=True)
-    ]
-    data = {key: [row[key] for row in rows] for key in rows[0]}
-    for item in columns:
-        key = item["key"]
-        found = [""] * (len(rows) - 1)
-        if item["ranked"] and item["better"]:
-            found = marks(data[key][1:], data[f"{key} sd"][1:], data["n_ok"][1:], item["better"])
-        data[f"{key} mark"] = ["", *found]
-    table = pd.DataFrame(data)
-    table["rank"] = table["rank"].astype("Int64")
-    for item in columns:
-        for key in (item["key"], f"{item['key']} sd"):
-            table[key] = table[key].astype("float64")
-    table.attrs = {"base": base, "target": target, "columns": columns}
-    names = [notes.row_name(row) for row in rows[1:]]
-    named = [
-        (name, [cell for cell in block if cell["status"] == "ok"])
-        for name, block in zip(names, blocks, strict=True)
-    ]
-    table.attrs["footnotes"] = notes.footnotes(table, group, named, tasks)
-    return table
+# What every table begins with.
+
+METHOD = (Column("Method", align="left"), Column("r"), Column("Variant", align="left"))
 
 
-def _blocks(group: pd.DataFrame) -> list[list[dict[str, Any]]]:
-    """The cells of each row of the table, what is not there being None."""
-    plain = group.astype(object).where(group.notna(), None)
-    blocks: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in plain.to_dict("records"):
-        blocks.setdefault(tuple(cell[key] for key in KEY), []).append(cell)
-    return list(blocks.values())
+def identity(row: Row) -> list[Cell]:
+    """The first cells of a row: its method, rank and variant."""
+    rank = "" if row["rank"] is None else str(int(row["rank"]))
+    return [Cell(row["name"]), Cell(rank), Cell(row["variant"])]
 
 
-def _titles(blocks: Sequence[list[dict[str, Any]]]) -> list[str]:
-    """Titles of methods; where two methods share one, their names are added."""
-    first = [block[0] for block in blocks]
-    names: dict[str, set[str]] = {}
-    for cell in first:
-        names.setdefault(cell["title"], set()).add(cell["method"])
-    return [
-        cell["title"] if len(names[cell["title"]]) == 1 else f"{cell['title']} ({cell['method']})"
-        for cell in first
-    ]
+def zero_shot(cells: Iterable[Cell]) -> list[Cell]:
+    """The row of the untouched base."""
+    return [Cell("Zero-shot"), Cell(), Cell(), *cells]
 
 
-def _zero_shot(columns: Iterable[Column]) -> dict[str, Any]:
-    row = {"method": "", "title": "Zero-shot", "family": "", "variant": "", "rank": None}
-    row |= {"seeds": "", "n_ok": 0, "n_planned": 0, "learning_rate": "", "note": "untouched base"}
-    for item in columns:
-        row |= {item["key"]: item["base"], f"{item['key']} sd": None}
-    return row
+def family_rules(rows: Sequence[Row], offset: int = 0) -> frozenset[int]:
+    """Rows after which another family begins; `offset` rows stand before them."""
+    changes = [i for i in range(1, len(rows)) if rows[i]["family"] != rows[i - 1]["family"]]
+    return frozenset({*range(offset), *(i - 1 + offset for i in changes)})
 
 
-def _row(block: list[dict[str, Any]], title: str, columns: Iterable[Column]) -> dict[str, Any]:
-    good = [cell for cell in block if cell["status"] == "ok"]
-    row = {key: block[0][key] for key in ("method", "family", "variant", "rank")}
-    row |= {"title": title, "seeds": f"{len(good)}/{len(block)}"}
-    row |= {"n_ok": len(good), "n_planned": len(block), "note": notes.status_note(block)}
-    rates = sorted({cell["learning_rate"] for cell in block} - {None})
-    row["learning_rate"] = " / ".join(f"{rate:.3g}" for rate in rates)
-    for item in columns:
-        key = item["key"]
-        values = [float(cell[key]) for cell in good if cell.get(key) is not None]
-        row[key] = fmean(values) if values else None
-        row[f"{key} sd"] = stdev(values) if len(values) > 1 else None
-    return row
+def raw_rows(place: Place, keys: Iterable[str], single: Iterable[str] = ()) -> pd.DataFrame:
+    """Quantities of the analysis with their spreads and intervals, after what names the rows;
+    `single` are columns that have none."""
+    frame = place.analysis.rows
+    wanted = [n for key in keys for n in (key, f"{key}.sd", f"{key}.low", f"{key}.high")]
+    columns = [name for name in (*IDENTITY, *wanted, *single) if name in frame]
+    return frame[columns].rename_axis("row").reset_index()
 
 
-def pooled_sd(sds: Sequence[float | None], n: Sequence[int]) -> float | None:
-    """Standard deviation over seeds pooled over rows, weighted by n − 1; None if no row has two."""
-    parts = [(sd, m - 1) for sd, m in zip(sds, n, strict=True) if m > 1 and _known(sd)]
-    weight = sum(m for _, m in parts)
-    return math.sqrt(math.fsum(sd * sd * m for sd, m in parts) / weight) if weight else None
+def by_row(
+    place: Place, columns: Sequence[Column], cells: Callable[[Row], list[Cell]], **other: Any
+) -> Table:
+    """A table with a line for each row of the analysis, families apart.
 
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def marks(
-    means: Sequence[float | None], sds: Sequence[float | None], n: Sequence[int], better: str
-) -> list[str]:
-    """best and second for each row, or nothing.
-
-    Rows within one pooled standard error of the best share its mark; of the rest, the best and
-    those within one of it are second. If nobody is left behind the best, nothing is marked.
+    other: fields of Table, and `base`: the cells of the untouched base's line, which comes first.
     """
-    sd = pooled_sd(sds, n)
-    found = [""] * len(means)
-    sign = -1.0 if better == "lower" else 1.0
-    left = {i: sign * v for i, v in enumerate(means) if _known(v) and n[i] > 1}
-    for mark in ("best", "second"):
-        if len(left) == 0 or sd is None:
-            break
-        top = max(left, key=lambda i: (left[i], -i))
-        tied = [i for i in left if left[top] - left[i] <= error_of(sd, n[top], n[i])]
-        if mark == "best" and len(tied) == len(left):
-            break
-        for i in tied:
-            found[i] = mark
-            del left[i]
-    return found
+    base = other.pop("base", None)
+    rows = list(place.rows.values())
+    body = [] if base is None else [zero_shot(base)]
+    body += [[*identity(row), *cells(row)] for row in rows]
+    rules = family_rules(rows, 0 if base is None else 1)
+    return Table(columns=(*METHOD, *columns), rows=body, rules=rules, **other)
 
 
-def error_of(sd: float, n: int, m: int) -> float:
-    """Standard error of the difference of two means over n and m seeds, plus rounding."""
-    return sd * math.sqrt(1 / n + 1 / m) + 1e-9
+def best_rows(place: Place, quantity: str) -> set[str]:
+    """Rows that no other is found to be better than; nobody if that is every row."""
+    low = place.analysis.rows[f"{quantity}.rank_low"].dropna()
+    best = low.index[low == 1]
+    return set() if len(best) == len(low) else {str(key) for key in best}
 
 
-def spans(
-    means: Sequence[float | None], sds: Sequence[float | None], n: Sequence[int]
-) -> list[str]:
-    """Ranks that each row may hold, higher first: "1", or "2-4" where rows cannot be told apart."""
-    sd = pooled_sd(sds, n)
-    rows = {i: v for i, v in enumerate(means) if _known(v) and n[i] > 1}
-    found = [""] * len(means)
-    for i, value in rows.items():
-        others = [(v - value, error_of(sd or 0.0, n[i], n[j])) for j, v in rows.items() if j != i]
-        low = 1 + sum(gap > error for gap, error in others)
-        high = len(rows) - sum(-gap > error for gap, error in others)
-        found[i] = str(low) if low == high else f"{low}-{high}"
+def marks_of(row: Row, quantity: str) -> tuple[str, ...]:
+    """Superscripts of a difference: against the control, and not told from the base."""
+    found = []
+    against, base = row.get(f"{quantity}.p_adjusted"), row.get(f"{quantity}.p_base_adjusted")
+    if not absent(against) and against < 1 - LEVEL:
+        found.append("better" if row[f"{quantity}.diff"] > 0 else "worse")
+    if not absent(base) and base >= 1 - LEVEL:
+        found.append("same")
+    return tuple(found)
+
+
+def mean_cell(row: Row, key: str, digits: int = 2, signed: bool = False) -> Cell:
+    """Mean over seeds and their standard deviation."""
+    return Cell(number(row.get(key), digits, signed), spread(row.get(f"{key}.sd"), digits))
+
+
+def tradeoff_table(place: Place) -> Table:
+    """What was learned against what was forgotten: the first table of a base and target."""
+    best = {key: best_rows(place, key) for key in COMPARED}
+    means = {
+        "F": ("Source", "source_mean", "Upstream"),
+        "E": ("Target", "target_mean", "Downstream"),
+    }
+    columns = [Column("#", align="center")]
+    for key, group in (("F", "Upstream"), ("E", "Downstream"), ("O", "Both")):
+        columns += [Column(means[key][0], group)] if key in means else []
+        columns += [Column(key, group), Column("95 %", group)]
+    columns += [Column("Front", "Both"), Column("Seeds", align="center")]
+
+    def line(row: Row) -> list[Cell]:
+        found = [Cell(ranks(row))]
+        for key in ("F", "E", "O"):
+            found += [Cell(number(row[means[key][1]], 2))] if key in means else []
+            cell = mean_cell(row, key, signed=True)
+            found.append(cell._replace(marks=marks_of(row, key), strong=row["key"] in best[key]))
+            found.append(Cell(interval(row.get(f"{key}.low"), row.get(f"{key}.high"))))
+        return [*found, Cell(share(row.get("front"))), Cell(f"{row['n_ok']}/{row['n_planned']}")]
+
+    s, t = (Cell(number(place.base[key], 2)) for key in ("source_mean", "target_mean"))
+    dash = Cell(DASH)
+    base = [Cell(), s, dash, dash, t, *[dash] * 5, Cell()]
+    raw = raw_rows(place, ("source_mean", "F", "target_mean", "E", "O"), ("front", *RANKS))
+    return by_row(
+        place, columns, line, name="tradeoff", title="Trade-off", raw=raw, base=base,
+        about="What was learned downstream (E) against what was forgotten upstream (F), in points.",
+        notes=notes.tradeoff(place),
+    )  # fmt: skip
+
+
+RANKS = tuple(f"{key}.rank_{end}" for key in COMPARED for end in ("low", "high"))
+TESTED = tuple(
+    f"{key}.{name}"
+    for key in COMPARED
+    for name in (
+        "diff", "diff_low", "diff_high", "p", "p_adjusted", "p_base", "p_base_adjusted",
+    )
+)  # fmt: skip
+
+
+def control_table(place: Place) -> Table | None:
+    """Every row against the control; None without a control or anything to compare with it."""
+    control = place.analysis.control
+    frame = place.analysis.rows
+    if control is None or len(frame) < 2:
+        return None
+    name = notes.row_name(place.rows[control])
+    columns = [
+        Column(header, title)
+        for key, title in (("E", "Specialization E"), ("F", "Stability F"), ("O", "O = E + F"))
+        for header in ("Δ", "95 %", "p", "Rank")
+    ]
+
+    def line(row: Row) -> list[Cell]:
+        found = []
+        for key in ("E", "F", "O"):
+            is_control = row["key"] == control
+            change = "control" if is_control else number(row[f"{key}.diff"], 2, signed=True)
+            marks = () if is_control else tuple(m for m in marks_of(row, key) if m != "same")
+            low, high = row[f"{key}.diff_low"], row[f"{key}.diff_high"]
+            found += [
+                Cell(change, marks=marks),
+                Cell("" if is_control else interval(low, high)),
+                Cell("" if is_control else p_value(row[f"{key}.p_adjusted"])),
+                Cell(ranks(row, key)),
+            ]
+        return found
+
+    return by_row(
+        place, columns, line, name="control", title=f"Against {name}",
+        about=f"Difference to {name} in points, its interval and adjusted p value, and the ranks "
+        "that the row may hold.",
+        raw=raw_rows(place, (), (*TESTED, *RANKS)), notes=notes.control(place),
+    )  # fmt: skip
+
+
+def scores_table(place: Place) -> Table:
+    """Scores of every task in points, and the means of them that papers report."""
+    upstream, target = place.points("upstream"), place.points("target")
+    shown = [(f"score.{k}", place.tasks[k]["title"], "Upstream") for k in upstream]
+    shown += [("source_mean", "Source", "Upstream")]
+    if len(target) > 1:
+        shown += [(f"score.{k}", place.tasks[k]["title"], "Downstream") for k in target]
+    shown += [("target_mean", "Target", "Downstream"), ("Avg", "Avg", "Both"), ("H", "H", "Both")]
+    return by_row(
+        place, [Column(header, group) for _, header, group in shown],
+        lambda row: [mean_cell(row, key) for key, _, _ in shown],
+        name="scores", title="Scores by task",
+        about="Scores in points (0 to 100, higher is better), mean ± sd over seeds.",
+        base=[Cell(number(place.base.get(key), 2)) for key, _, _ in shown],
+        raw=raw_rows(place, [key for key, _, _ in shown]), notes=notes.scores(place),
+    )  # fmt: skip
+
+
+COSTS = (
+    ("trainable_parameters", "Trainable", compact),
+    ("adapter_bytes", "Adapter B", compact),
+    ("seconds.train", "Train s", lambda value: number(value, 1)),
+    ("step_ms", "Step ms", lambda value: number(value, 1)),
+    ("memory_mb.train", "Memory MB", lambda value: number(value, 0)),
+    ("seconds.evaluate", "Evaluate s", lambda value: number(value, 1)),
+)
+
+
+def costs_table(place: Place) -> Table:
+    """What each row cost, with which learning rate, and how its cells stand."""
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    known = place.cells[place.cells["learning_rate"].notna()]
+    names = ["method", "variant", "rank", "learning_rate"]
+    for method, variant, rank, rate in known[names].itertuples(index=False, name=None):
+        key = (method, variant, None if pd.isna(rank) else int(rank))
+        rates.setdefault(key, []).append(rate)
+
+    def line(row: Row) -> list[Cell]:
+        key = (row["method"], row["variant"], None if row["rank"] is None else int(row["rank"]))
+        rate = " / ".join(figures(value) for value in sorted(set(rates.get(key, []))))
+        found = [Cell(show(row.get(cost))) for cost, _, show in COSTS]
+        return [*found, Cell(rate), Cell(f"{row['n_ok']}/{row['n_planned']}"), Cell(row["note"])]
+
+    columns = [Column(header, "Cost") for _, header, _ in COSTS]
+    columns += [
+        Column("Learning rate"),
+        Column("Seeds", align="center"),
+        Column("Status", align="left"),
+    ]
+    return by_row(
+        place, columns, line, name="costs", title="Cost and status",
+        about="Means over the seeds that are ok; counts are measured, not nominal.",
+        raw=raw_rows(place, [key for key, _, _ in COSTS]), notes=notes.costs(place),
+    )  # fmt: skip
+
+
+def losses_table(place: Place) -> Table | None:
+    """Losses, and whatever is a probe or has a scale of its own; None if there is nothing."""
+    shown = [*_loss_columns(place), *_own_scales(place)]
+    if not shown:
+        return None
+    return by_row(
+        place, [Column(header, group) for _, header, group, _, _ in shown],
+        lambda row: [mean_cell(row, key, digits, sign) for key, _, _, digits, sign in shown],
+        name="losses", title="Losses and probes",
+        about="Never averaged with points.",
+        base=[Cell(number(place.base.get(key), digits)) for key, _, _, digits, _ in shown],
+        raw=raw_rows(place, [key for key, *_ in shown]), notes=notes.losses(place),
+    )  # fmt: skip
+
+
+Shown = tuple[str, str, str, int, bool]  # key, header, group, digits, signed
+
+
+def _loss_columns(place: Place) -> list[Shown]:
+    return [
+        (f"dce.{name}", facts["title"], "ΔCE, nats per token", 3, True)
+        for name, facts in place.tasks.items()
+        if f"dce.{name}" in place.cells
+    ]
+
+
+def _own_scales(place: Place) -> list[Shown]:
+    units = {"points": "points", "nats": "nats per token", "perplexity": "perplexity"}
+    found: list[Shown] = []
+    for name, facts in place.tasks.items():
+        if facts["role"] == "probe" or facts["unit"] != "points":
+            header = f"{facts['title']} ({facts['metric']}, {units[facts['unit']]})"
+            digits = 2 if facts["unit"] == "points" else 3
+            found.append((f"score.{name}", header, "Own scales", digits, False))
+        for key in sorted(k for k in place.cells if k.startswith(f"extra.{name}.")):
+            extra = key.removeprefix(f"extra.{name}.")
+            unit = ", %" if extra == "answered" else ""
+            header = f"{facts['title']} ({extra.replace('_', ' ')}{unit})"
+            digits = 3 if extra.endswith("perplexity") else 2
+            found.append((key, header, "Own scales", digits, False))
     return found

@@ -1,4 +1,4 @@
-"""The tidy table: one row per cell, from records and the plan; and the files that are made from it.
+"""The tidy table: one row per cell, from records and the plan. All else is made from it.
 
 Names of its columns are explained in results/README.md. A number stands only where it may be used:
 scores, losses and measures in rows whose status is ok, costs in rows that have a current record.
@@ -6,22 +6,16 @@ scores, losses and measures in rows whose status is ok, costs in rows that have 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ballast import render, tradeoff
+from ballast import tradeoff
 from ballast.declare import FAMILIES
-from ballast.files import key_of, replacing, write_text
+from ballast.measures import derived
 from ballast.records import status_of
-from ballast.summary import tradeoff_tables
-
-__all__ = ["screen", "tidy", "tradeoff_tables", "write_tables"]
 
 Record = dict[str, Any]
 PHASES = ("start", "load", "attach", "train", "merge", "evaluate", "total")
@@ -35,6 +29,9 @@ COSTS = (
     *(f"seconds.{phase}" for phase in PHASES), "first_step_seconds", "step_ms",
     "memory_mb.train", "memory_mb.evaluate", "steps", "first_loss", "last_loss",
 )  # fmt: skip
+# Measures beyond those of `tradeoff.of_record`, see `measures.derived`.
+DERIVED = ("cgm_average", "retention", "forgetting_per_gain", "headroom_gain")
+MEASURES = (*tradeoff.MEASURES, *DERIVED)
 COUNTS = (
     "rank", "seed", "trainable_parameters", "total_parameters", "adapter_bytes", "tokens", "steps",
 )  # fmt: skip
@@ -119,7 +116,7 @@ def _recorded(record: Record, status: str) -> dict[str, Any]:
     if status in ("ok", "failed", "rescore"):
         row |= _costs(record)
     if status == "ok":
-        row |= tradeoff.of_record(record) | _scores(record)
+        row |= tradeoff.of_record(record) | derived(record) | _scores(record)
     return row
 
 
@@ -164,11 +161,11 @@ _GROUPS = ("score", "base", "dce", "drift", "n", "churn", "extra", "base_extra",
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows sorted, with columns in a fixed order and with fixed types."""
-    fixed = [*TEXT, *tradeoff.MEASURES, *COSTS]
+    fixed = [*TEXT, *MEASURES, *COSTS]
     other = sorted({key for row in rows for key in row} - set(fixed), key=_column_order)
     rows = sorted(rows, key=_row_order)
     table = {}
-    for name in [*TEXT, *tradeoff.MEASURES, *(k for k in other if not k.startswith("report."))]:
+    for name in [*TEXT, *MEASURES, *(k for k in other if not k.startswith("report."))]:
         table[name] = [row.get(name) for row in rows]
     for name in [*COSTS, *(k for k in other if k.startswith("report."))]:
         table[name] = [row.get(name) for row in rows]
@@ -191,68 +188,3 @@ def _row_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     family = FAMILIES.index(row["family"]) if row["family"] in FAMILIES else len(FAMILIES)
     place = (row["base"], row["target"], family, row["method"], row["variant"], row["rank"] or 0)
     return (*place, row["seed"], row["id"])
-
-
-def write_tables(records: Iterable[Record], plan: pd.DataFrame | None, folder: Path) -> list[Path]:
-    """Write every table into `folder`, each atomically; the same input gives the same bytes.
-
-    cells.parquet, cells.csv, tradeoff-BASE-TARGET.{md,csv,tex} and leaderboard.md. Trade-off tables
-    of an earlier run whose base or target is gone are removed. Returns the paths, sorted.
-    """
-    table = tidy(records, plan)
-    written = [folder / "cells.parquet", folder / "cells.csv", folder / "leaderboard.md"]
-    with replacing(written[0]) as temporary:
-        table.to_parquet(temporary, index=False, engine="pyarrow")
-    write_text(written[1], to_csv(table.drop(columns="tasks")))
-    tables = tradeoff_tables(table)
-    names = _file_names(tables)
-    for where, summary in tables.items():
-        texts = {
-            "md": render.markdown(summary),
-            "csv": to_csv(render.plain(summary)),
-            "tex": render.latex(summary),
-        }
-        for suffix, text in texts.items():
-            written.append(folder / f"{names[where]}.{suffix}")
-            write_text(written[-1], text)
-    write_text(written[2], render.leaderboard(table, tables, names))
-    for path in folder.glob("tradeoff-*"):
-        if path.suffix in (".md", ".csv", ".tex") and path not in written:
-            path.unlink()
-    return sorted(written)
-
-
-def _file_names(tables: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """A file name for each base and target, safe on every disk; a hash tells equal ones apart."""
-    plain = {where: render.slug(f"tradeoff-{where[0]}-{where[1]}") for where in tables}
-    taken = [name.lower() for name in plain.values()]
-    return {
-        where: name if taken.count(name.lower()) == 1 else f"{name}-{key_of(*where, length=6)}"
-        for where, name in plain.items()
-    }
-
-
-def to_csv(table: pd.DataFrame) -> str:
-    """CSV without index: blanks for what is not there, floats with ten digits, text that no
-    spreadsheet takes for a formula (an apostrophe is put before =, +, -, @, tab and return)."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([_csv_cell(name) for name in table.columns])
-    for row in table.astype(object).itertuples(index=False, name=None):
-        writer.writerow([_csv_cell(value) for value in row])
-    return stream.getvalue()
-
-
-def _csv_cell(value: Any) -> str:
-    if value is None or pd.isna(value):
-        return ""
-    if isinstance(value, str):
-        value = "".join(c if c.isprintable() or c in "\t\r\n" else " " for c in value)
-        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def screen(records: Iterable[Record], plan: pd.DataFrame | None, folder: Path | None = None) -> str:
-    """The leaderboard for a terminal of 110 columns; `folder` is named as where the files are."""
-    table = tidy(records, plan)
-    return render.screen(table, tradeoff_tables(table), folder)

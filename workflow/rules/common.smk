@@ -58,15 +58,6 @@ def records_of(table, folder):
     return [f"{folder}/{cell}/run.json" for cell in table["id"]]
 
 
-def tables_of_suite():
-    """What a run of the suite ends with; .complete is missing beside tables with stale cells."""
-    tables = ("leaderboard.md", "cells.csv", "cells.parquet", ".complete")
-    figures = ("tradeoff.svg", "tradeoff.png")
-    return [f"{HOME}/tables/{name}" for name in tables] + [
-        f"{HOME}/figures/{name}" for name in figures
-    ]
-
-
 def base_keys(wildcards):
     """Keys of what a base's readiness depends on."""
     return PLAN.loc[PLAN["base"] == wildcards.base, ["base_key", "data_key"]].iloc[0].tolist()

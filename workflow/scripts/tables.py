@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
+from ballast.figures.output import write_figures
+from ballast.layout import Layout
+from ballast.output import places_of, write_tables
 from ballast.plan import read_plan
-from ballast.plots import write_scatter
-from ballast.records import scan
-from ballast.tables import tidy, write_tables
+from ballast.results import read_results
 
-home = Path("results") / snakemake.config["suite"]
-records, problems = scan(home / "cells")
-plan = read_plan(Path(snakemake.resources.plan))
-table = tidy(records, plan)
-write_tables(records, plan, home / "tables")
-write_scatter(table, home / "figures")
+suite = snakemake.config["suite"]
+results = read_results(Layout.here(), suite, read_plan(Path(snakemake.resources.plan)))
+places = places_of(results)
+write_tables(results, results.folder / "tables", places, snakemake.params.protocol)
+write_figures(places, results.folder / "figures")
 # Without this mark the next run makes the tables again, even if a stale cell's file is put back.
-mark = home / "tables" / ".complete"
+mark = results.folder / "tables" / ".complete"
 if snakemake.output:
     mark.touch()
-elif not table["status"].isin(["ok", "failed", "unplanned"]).all():
+elif not results.table["status"].isin(["ok", "failed", "unplanned"]).all():
     mark.unlink(missing_ok=True)
-Path(snakemake.log[0]).write_text("\n".join([f"{len(records)} records", *problems]) + "\n")
+lines = [f"{len(results.records)} records", *results.problems]
+Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

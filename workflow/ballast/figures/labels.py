@@ -18,7 +18,8 @@ DISTANCES = (5, 12, 20, 30, 42, 56, 72)  # points from the marker's edge
 def place_labels(axes: Axes, items: Sequence[dict[str, Any]], fontsize: float = 8.0) -> None:
     """Write each item's text near its point, with a thin line to it where it had to move away.
 
-    items: x, y (data), text, colour, radius (of the marker, in points). For one label after the
+    items: x, y (data), text, colour, radius (of the marker, in points); one without a text is only
+    kept free. For one label after the
     other, the most crowded first, the cheapest of a fixed set of places is taken: nearness, then no
     overlap with other labels, markers, leader lines and the panel's edge, then with the lines drawn
     in the panel. No chance is involved.
@@ -36,10 +37,11 @@ def place_labels(axes: Axes, items: Sequence[dict[str, Any]], fontsize: float = 
         text.get_window_extent(renderer).extents for text in axes.texts if text.get_bbox_patch()
     ]
     drawn = _segments(axes)
+    named = [i for i, item in enumerate(items) if item["text"]]
     taken: list[Box] = []
     leaders: list[tuple[float, float, float, float]] = []
     places: dict[int, tuple[Box, float]] = {}
-    for i in sorted(range(len(items)), key=lambda i: (-_crowd(spots, i), i)):
+    for i in sorted(named, key=lambda i: (-_crowd(spots, i), i)):
         best = None
         for box, distance in _candidates(spots[i], sizes[i], items[i]["radius"] * scale, scale):
             cost = distance / scale / 8

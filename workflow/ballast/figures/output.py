@@ -1,0 +1,51 @@
+"""Every figure of a suite as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ballast.escape import file_names
+from ballast.figures.curves import learn_forget
+from ballast.figures.difference import critical_difference
+from ballast.figures.forgetting import heat_map
+from ballast.figures.palette import save
+from ballast.figures.ranks import rank_sweep
+from ballast.figures.tradeoff import scatter
+from ballast.summary import Place
+
+KINDS = ("svg", "pdf")
+OF_A_PLACE: dict[str, Callable[[Place], Figure]] = {
+    "ranks": rank_sweep,
+    "difference": critical_difference,
+    "forgetting": heat_map,
+}
+
+
+def write_figures(places: Sequence[Place], folder: Path) -> list[Path]:
+    """Write every figure into `folder`, atomically; the same results give the same bytes with the
+    same version of matplotlib.
+
+    tradeoff.{svg,pdf,png} with every base and target; curves.{svg,pdf} where cells have curves; and
+    {ranks,difference,forgetting}-BASE-TARGET.{svg,pdf}. Those of an earlier run whose base
+    or target is gone are removed. Returns the paths, sorted.
+    """
+    written = write_scatter(places, folder)
+    curves = learn_forget(places)
+    written += [] if curves is None else save(curves, folder, "curves", KINDS)
+    names = file_names((p.analysis.base, p.analysis.target) for p in places)
+    for place, name in zip(places, names.values(), strict=True):
+        for kind, draw in OF_A_PLACE.items():
+            written += save(draw(place), folder, f"{kind}-{name}", KINDS)
+    for kind in (*OF_A_PLACE, "curves"):
+        for path in folder.glob(f"{kind}*"):
+            if path.suffix in (".svg", ".pdf") and path not in written:
+                path.unlink()
+    return sorted(written)
+
+
+def write_scatter(places: Sequence[Place], folder: Path, name: str = "tradeoff") -> list[Path]:
+    """Write the scatter of every base and target as NAME.svg, NAME.pdf and NAME.png."""
+    return save(scatter(places), folder, name, (*KINDS, "png"))
