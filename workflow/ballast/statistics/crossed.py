@@ -90,6 +90,8 @@ def differences(values: np.ndarray, cubes: Sequence[Cube], itemed: np.ndarray) -
 def _common(present: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Every set of seeds that some pair of rows has in common: the seeds, the rows that have them
     all, and which pairs of those have no others in common."""
+    if not present.any():
+        return
     patterns, which = np.unique(present, axis=0, return_inverse=True)
     which = which.reshape(-1)
     both = patterns[:, None, :] & patterns[None, :, :]
