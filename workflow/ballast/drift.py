@@ -186,6 +186,8 @@ def _spectra(
     ranks, shares = [], []
     for name in drawn:
         delta, before = _change(reference, base, stored, name)
+        if not delta.isfinite().all():
+            return dict.fromkeys(("effective_rank", "top_share"))
         ranks.append(geometry.effective_rank(torch.linalg.svdvals(delta)))
         if cache is None:
             u, _, v = torch.linalg.svd(before, full_matrices=False)
