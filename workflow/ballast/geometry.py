@@ -28,7 +28,7 @@ def kl(base: Tensor, tuned: Tensor) -> float:
     base, tuned: log-probabilities [tokens, V]. At least 0; what rounding puts below is 0.
     """
     old, new = base.double(), tuned.double()
-    return max(0.0, float(_expected(old, old - new).mean()))
+    return _not_below_zero(float(_expected(old, old - new).mean()))
 
 
 def forgetting_loss(base: Tensor, tuned: Tensor) -> float:
@@ -44,7 +44,12 @@ def kl_corrected(base: Tensor, tuned: Tensor) -> float:
 
     Over the same tokens it equals `kl`; as the loss itself, it is compared within a base only.
     """
-    return max(0.0, forgetting_loss(base, tuned) - forgetting_loss(base, base))
+    return _not_below_zero(forgetting_loss(base, tuned) - forgetting_loss(base, base))
+
+
+def _not_below_zero(value: float) -> float:
+    """The value, 0 where rounding put it below; NaN stays (`max` would make it 0)."""
+    return 0.0 if value < 0 else value
 
 
 def _expected(logs: Tensor, values: Tensor) -> Tensor:
