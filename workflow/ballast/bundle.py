@@ -36,7 +36,8 @@ from ballast.results import ITEM_COLUMNS
 FORMAT = 1
 KIND = "ballast results"
 MANIFEST = "manifest.json"
-ORIGIN = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+# \Z, as $ would let a line break pass at the end.
+ORIGIN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"
 MEMBERS = (RECORDS, ITEMS)
 HARDWARE = ("device", "processor", "platform", "threads")
 Record = dict[str, Any]
@@ -47,7 +48,7 @@ _MEMBER = {
     "additionalProperties": False,
     "properties": {
         "bytes": {"type": "integer", "minimum": 0},
-        "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "sha256": {"type": "string", "pattern": r"^[0-9a-f]{64}\Z"},
     },
 }
 SCHEMA = {
@@ -154,12 +155,12 @@ def read_bundle(file: Path) -> Bundle:
     """Read and check a bundle. Raises DataError with one line that says what is wrong with it."""
     try:
         return _read(file)
+    except pa.ArrowException as error:
+        raise DataError(f"damaged parquet: {_short(error)}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"damaged, not a bundle: {_short(error)}") from None
     except (UnicodeError, ValueError, RecursionError, NotImplementedError) as error:
         raise DataError(f"not a bundle: {_short(error)}") from None
-    except pa.ArrowException as error:
-        raise DataError(f"damaged parquet: {_short(error)}") from None
     except OSError as error:
         raise DataError(f"cannot be read: {_short(error.strerror or error)}") from None
 

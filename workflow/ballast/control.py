@@ -30,7 +30,7 @@ def normalised(
 
     control: a row's key, or a method: its row without variant of the cell's own rank, or else of
     the rank nearest to it. Columns: `control` (the row's key), `control_n` (its cells),
-    `relative.Q` for Q of RATIOS (a quotient; 1 means as much as the control), `to_control.Q` for Q of
+    `relative.Q` for Q of RATIOS (a quotient; 1: as much as the control), `to_control.Q` for Q of
     DIFFERENCES (points). Only cells that are ok count; what has no control is missing.
     """
     cells = _cells(table, records)

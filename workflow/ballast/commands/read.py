@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ballast.layout import Layout
+from ballast.commands.options import JsonOption, ResultsOption, SuiteOption, opened
 
-if TYPE_CHECKING:
-    from ballast.results import Results
-
-SuiteOption = Annotated[
-    Path | None, typer.Option("--suite", help="The suite's file; config/config.yaml if not given.")
-]
-ResultsOption = Annotated[
-    Path | None, typer.Option("--results", help="results/SUITE or results/kept/SUITE instead.")
-]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Of this base.")]
 TargetOption = Annotated[str | None, typer.Option("--target", help="Tuned on this target.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,12 +17,6 @@ def add_to(app: typer.Typer) -> None:
     app.command()(compare)
     app.command()(show)
     app.command()(recommend)
-
-
-def _open(suite: Path | None, folder: Path | None) -> Results:
-    from ballast.commands.source import open_results
-
-    return open_results(suite, folder, Layout.here())
 
 
 def compare(
@@ -49,7 +32,7 @@ def compare(
     from ballast.commands.compare import compare_all, show_comparisons
     from ballast.commands.screen import Screen, print_json
 
-    found = compare_all(_open(suite, results), a, b, base, target)
+    found = compare_all(opened(suite, results), a, b, base, target)
     if json:
         print_json(found)
     else:
@@ -71,7 +54,7 @@ def show(
     from ballast.commands.show import describe
     from ballast.commands.show_text import show_described
 
-    found = describe(_open(suite, results), name, base, target, samples)
+    found = describe(opened(suite, results), name, base, target, samples)
     if json:
         print_json(found)
     else:
@@ -106,7 +89,7 @@ def recommend(
     from ballast.commands.screen import Screen, print_json
     from ballast.commands.source import one_place
 
-    found = _open(suite, results)
+    found = opened(suite, results)
     place = one_place(found.places(), base, target)
     limits = {
         "memory_mb": memory, "seconds": seconds, "forgetting": forgetting,
