@@ -13,7 +13,7 @@ from statsmodels.stats.power import TTestPower
 from ballast.statistics import adjust, front, items, power, ranks, seeds, stability
 from ballast.statistics.crossed import Differences, differences
 from ballast.statistics.rows import row_key, status_note
-from ballast.tradeoff import average, harmonic_mean, non_dominated, overall
+from ballast.tradeoff import non_dominated
 
 
 @pytest.fixture
@@ -266,28 +266,31 @@ def test_noise_floor_counts_pairs_of_seeds_within_rows():
     assert power.noise_floor(values[2:]) == (None, 0)
 
 
-def test_definitions_agree_with_tradeoff_and_tau_with_scipy(draw):
-    source, target = draw.uniform(10, 90, (2, 12))
-    found = stability.definitions(source, target, 80.0, 20.0, 3)
-    for at, (s, t) in enumerate(zip(source, target, strict=True)):
-        assert found["O"][at] == pytest.approx(overall(t - 20, s - 80))
-        assert found["Avg"][at] == pytest.approx(average(s, t))
-        assert found["H"][at] == pytest.approx(harmonic_mean(s, t))
-        assert found["CGM weighted average"][at] == pytest.approx((t + 3 * s) / 4)
-        assert found["retention"][at] == pytest.approx(s / 80)
-    table = stability.agreement(found).set_index(["a", "b"])
+def test_definitions_are_turned_so_that_higher_is_better_and_tau_is_scipys(draw):
+    rows = pd.DataFrame(draw.uniform(10, 90, (12, 3)), columns=["O", "H", "forgetting_per_gain"])
+    rows.loc[:2, "forgetting_per_gain"] = np.nan
+    rows["Avg"] = rows["O"] / 2
+    table = stability.agreement(stability.definitions(rows)).set_index(["a", "b"])
     assert table.loc[("O", "Avg"), "tau"] == pytest.approx(1)
-    theirs = stats.kendalltau(found["O"], found["H"]).statistic
+    theirs = stats.kendalltau(rows["O"], rows["H"]).statistic
     assert table.loc[("O", "H"), "tau"] == pytest.approx(theirs)
-    assert (table["n"] == 12).all()
+    lower = table.loc[("O", "Forgetting per point gained")]
+    known = rows.dropna()
+    theirs = stats.kendalltau(known["O"], known["forgetting_per_gain"]).statistic
+    assert lower["tau"] == pytest.approx(-theirs)
+    assert lower["n"] == 9
+    assert len(table) == 6
 
 
-def test_definitions_are_missing_without_a_denominator():
-    zero = np.zeros(3)
-    found = stability.definitions(zero, zero, 0.0, 100.0, 2)
-    assert np.isnan(found["H"]).all()
-    assert np.isnan(found["retention"]).all()
-    assert np.isnan(found["headroom-normalised gain"]).all()
+def test_ties_by_rounding_stay_ties():
+    values = {"O": np.array([0.1 + 0.2, 0.3, 1.0]), "H": np.array([1.0, 1.0, 2.0])}
+    assert stability.agreement(values)["tau"].iloc[0] == pytest.approx(1)
+
+
+def test_nothing_to_order():
+    assert stability.agreement({}).empty
+    alone = stability.agreement({"O": np.array([1.0]), "H": np.array([1.0])})
+    assert alone["tau"].isna().all()
 
 
 def test_names_of_rows():

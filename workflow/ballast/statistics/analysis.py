@@ -13,13 +13,12 @@ from ballast.statistics import notes, power, stability
 from ballast.statistics.adjust import benjamini_hochberg, holm
 from ballast.statistics.crossed import Differences, differences
 from ballast.statistics.front import Box, Front, front
-from ballast.statistics.points import Quantity, compared
+from ballast.statistics.points import COMPARED, Quantity, compared
 from ballast.statistics.ranks import rank_spans
 from ballast.statistics.rows import Rows, control_of, frame_of, points_tasks, rows_of
+from ballast.statistics.seeds import LEVEL
 
-# Quantities in points that rows are compared and ranked by.
-COMPARED = ("E", "F", "O")
-LEVEL = 0.95
+__all__ = ["COMPARED", "LEVEL", "Analysis", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def analyse(results: Results, base: str, target: str, control: str = "lora") -> 
     drawn = _front(rows, quantities)
     new = {key: value for found in columns for key, value in found.items()} | {"front": drawn.share}
     frame = pd.concat([frame, pd.DataFrame(new, index=frame.index)], axis=1)
-    definitions = stability.agreement(_definitions(rows, frame))
+    definitions = stability.agreement(stability.definitions(frame))
     facts = _facts(rows, quantities, tests, drawn)
     said = notes.sentences(frame, pairs, definitions, facts, known)
     return Analysis(base, target, known, frame, pairs, definitions, facts, said)
@@ -158,14 +157,6 @@ def _front(rows: Rows, quantities: dict[str, Quantity]) -> Front:
     e, f = quantities["E"], quantities["F"]
     known = None if np.isnan([source, target]).any() else box
     return front(e.values, f.values, e.cubes, f.cubes, (e.itemed, f.itemed), known)
-
-
-def _definitions(rows: Rows, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    if "source_mean" not in frame or "target_mean" not in frame:
-        return {}
-    source, target = (frame[k].to_numpy(float) for k in ("source_mean", "target_mean"))
-    n_upstream = len(points_tasks(rows.cells, "upstream"))
-    return stability.definitions(source, target, *_base_means(rows), n_upstream)
 
 
 def _facts(

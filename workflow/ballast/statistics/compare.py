@@ -13,7 +13,7 @@ from ballast.errors import BallastError, unknown
 from ballast.results import Results
 from ballast.statistics.crossed import differences
 from ballast.statistics.items import TaskItems, compare_items, compare_means, task_items
-from ballast.statistics.points import Quantity, compared, itemed_task
+from ballast.statistics.points import COMPARED, Quantity, compared, itemed_task
 from ballast.statistics.rows import Rows, points_tasks, row_keys, rows_of
 
 COLUMNS = (
@@ -145,7 +145,7 @@ def _cells(results: Results, good: pd.DataFrame, a: str, b: str) -> Comparison:
     found = task_items(results.items, [a, b], names)
     found = {k: v for k, v in found.items() if _comparable(v, both[f"score.{k}"])}
     lines = [_cell_line(k, role, both, found.get(k)) for role in tasks for k in tasks[role]]
-    lines += [_measure_line(name, both, _parts(name, tasks, found)) for name in ("E", "F", "O")]
+    lines += [_measure_line(name, both, _parts(name, tasks, found)) for name in COMPARED]
     base, target = both[["base", "target"]].iloc[0]
     return Comparison(base, target, "cells", a, b, _table(lines))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-QUANTITIES = ("E", "F", "O")
+from ballast.statistics.points import COMPARED
 
 
 def sentences(
@@ -49,7 +49,7 @@ def _doubles(facts: dict[str, Any]) -> str:
 
 
 def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
-    with_items = [name for name in QUANTITIES if facts[f"{name}.itemed"]]
+    with_items = [name for name in COMPARED if facts[f"{name}.itemed"]]
     if not with_items:
         return "Tests: t test paired by seed; the noise of the test items is not in it."
     n = int((rows["n_ok"] > 0).sum())
@@ -59,7 +59,7 @@ def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
         "the noise of the seeds (paired t) and that of seeds and items together (crossed random "
         "effects, Satterthwaite)"
     )
-    others = [name for name in QUANTITIES if name not in with_items]
+    others = [name for name in COMPARED if name not in with_items]
     if others:
         text += f"; of {', '.join(others)} by seed alone, as items are not known"
     if lacking:
@@ -78,19 +78,20 @@ def _corrections(control: str | None) -> str:
 
 
 def _ranks(rows: pd.DataFrame) -> str:
-    ranked = rows["O.rank_low"].notna()
-    n, tied = int(ranked.sum()), 0
-    if n:
-        tied = int((rows.loc[ranked, "O.rank_low"] == 1).sum())
-    first = f"; {tied} of {n} rows may be first by O" if n else ""
-    return f"Ranks are those that a row may hold given the significant differences{first}."
+    low = rows["O.rank_low"].dropna()
+    if len(low) < 2:
+        return ""
+    return (
+        "Ranks are those that a row may hold given the significant differences; "
+        f"{int((low == 1).sum())} of {len(low)} rows may be first by O."
+    )
 
 
 def _detectable(facts: dict[str, Any]) -> str:
     parts = [
         f"{name} {facts[f'{name}.minimum_detectable']:.1f} "
         f"({facts[f'{name}.minimum_detectable_median']:.1f})"
-        for name in QUANTITIES
+        for name in COMPARED
         if facts[f"{name}.minimum_detectable"] is not None
     ]
     if not parts:
@@ -105,12 +106,12 @@ def _detectable(facts: dict[str, Any]) -> str:
 def _floor(facts: dict[str, Any]) -> str:
     parts = [
         f"{name} {facts[f'{name}.noise_floor']:.1f}"
-        for name in QUANTITIES
+        for name in COMPARED
         if facts[f"{name}.noise_floor"] is not None
     ]
     if not parts:
         return ""
-    pairs = max(facts[f"{name}.noise_pairs"] for name in QUANTITIES)
+    pairs = max(facts[f"{name}.noise_pairs"] for name in COMPARED)
     return (
         "A/A noise floor: two runs of one row with other seeds differ by less than "
         f"{', '.join(parts)} points in 95 % of {pairs} pairs."

@@ -11,6 +11,9 @@ from ballast.statistics.crossed import Cube
 from ballast.statistics.items import TaskItems, task_items
 from ballast.statistics.rows import Rows, points_tasks
 
+# Quantities in points that rows are compared and ranked by.
+COMPARED = ("E", "F", "O")
+
 
 @dataclass(frozen=True)
 class Quantity:

@@ -1,8 +1,4 @@
-"""Whether the order of the rows depends on what is called best.
-
-Every definition takes Source and Target after tuning and of the base, in points, and is missing
-where it has nothing to divide by.
-"""
+"""Whether the order of the rows depends on what is called best."""
 
 from __future__ import annotations
 
@@ -12,34 +8,25 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ballast.measures import MEASURES
 
-def definitions(
-    source: np.ndarray, target: np.ndarray, base_source: float, base_target: float, n_upstream: int
-) -> dict[str, np.ndarray]:
-    """Values of rows (or cells) under each definition, higher is better.
-
-    E, O, Avg, H as in `tradeoff`; retention: S over that of the base (its order is F's); CGM's
-    weighted average (T + N S) / (N + 1) over N upstream tasks and the target; headroom-normalised
-    gain: the share of what could be learned that was, less the share of what was known that is
-    forgotten; worse half: the lower of T and S.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        e, f = target - base_target, source - base_source
-        both = source + target
-        return {
-            "E": e,
-            "retention": _share(source, base_source),
-            "O": e + f,
-            "Avg": both / 2,
-            "H": np.where(both > 0, 2 * source * target / both, np.nan),
-            "CGM weighted average": (target + n_upstream * source) / (n_upstream + 1),
-            "headroom-normalised gain": _share(e, 100 - base_target) + _share(f, base_source),
-            "worse half": np.minimum(source, target),
-        }
+# Source and Target order rows as retention and E do, where the base is one.
+DEFINITIONS = (
+    "O", "H", "Avg", "cgm_average", "E", "retention", "headroom_gain", "forgetting_per_gain",
+)  # fmt: skip
 
 
-def _share(part: np.ndarray, whole: float) -> np.ndarray:
-    return part / whole if whole > 0 else np.full(np.shape(part), np.nan)
+def definitions(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Values of the rows under each definition of best that they have, turned so that higher is
+    better; by symbol (O, H, Avg, E) or title."""
+    found = {}
+    for name in DEFINITIONS:
+        measure = MEASURES[name]
+        if measure.column in rows:
+            values = rows[measure.column].to_numpy(dtype=float, na_value=np.nan)
+            title = name if len(name) <= 3 else measure.title
+            found[title] = values if measure.better == "higher" else -values
+    return found
 
 
 def agreement(values: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -49,6 +36,7 @@ def agreement(values: dict[str, np.ndarray]) -> pd.DataFrame:
     """
     found = []
     for a, b in combinations(values, 2):
+        # Sums in another order differ by rounding, and would break ties.
         x, y = np.round(values[a], 6), np.round(values[b], 6)
         known = ~np.isnan(x) & ~np.isnan(y)
         tau = np.nan
