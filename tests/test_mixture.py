@@ -107,7 +107,7 @@ def test_cells_of_mixtures_and_several_targets(home):
     assert len(by_target["tiny_learn"].split()) == 2
     tune = make_tune_plan(suite, plan)
     mixed = json.loads(tune[tune["target"] == "both"].iloc[0]["spec"])
-    assert sorted(mixed["tasks"]) == ["tiny_learn", "tiny_other"]
+    assert sorted(mixed["tasks"]) == ["tiny_keep", "tiny_learn", "tiny_other"]
 
 
 def test_a_whole_run_scores_each_task_and_edits_parents_of_both_targets(home):
@@ -142,7 +142,7 @@ def test_a_whole_run_scores_each_task_and_edits_parents_of_both_targets(home):
     assert f"{target:.2f}" in row
 
 
-def test_a_suite_is_kept_in_two_files(home, tmp_path):
+def test_a_suite_is_kept_in_a_few_files(home, tmp_path):
     """Runs after the whole run above, on what it left."""
     suite = home.root / "results/tiny"
     assert keep_suite(suite, tmp_path) == 8
@@ -153,8 +153,11 @@ def test_a_suite_is_kept_in_two_files(home, tmp_path):
             own = items[(items["cell"] == record["id"]) & (items["task"] == task)]
             assert len(own) == score["n"]
             assert 100 * own["score"].mean() == pytest.approx(score["value"], abs=1e-4)
-    sample = next(suite.glob("cells/*/samples/tiny_keep.parquet"))
-    sample.write_bytes(sample.read_bytes()[:-1])
+            assert int((own["base_score"] >= 0.5).sum()) == sum(
+                record["churn"][task][part] for part in ("kept", "forgotten")
+            )
+    stored = next(suite.glob("cells/*/items.parquet"))
+    stored.write_bytes(stored.read_bytes()[:-1])
     with pytest.raises(DataError, match="not the file that the record describes"):
         keep_suite(suite, tmp_path)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ballast.errors import DataError
-from ballast.files import replacing, sha256_file
+from ballast.files import replacing
 
 ITEMS, CHANGES = "items.parquet", "changes.json"
 NAMES = pa.dictionary(pa.int32(), pa.string())
@@ -31,7 +33,10 @@ SCHEMA = pa.schema(
         "base_form": pa.int8(),
     }
 )
+_CELL = pa.field("cell", NAMES)
 _OWN = ["item", "subject", "score", "loss", "form"]
+# Losses and item numbers hardly repeat: a dictionary of them would cost time and space.
+_REPEATED = ["task", "subject", "score", "form", "base_score", "base_form"]
 
 
 def beside_base(task: str, own: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -54,15 +59,35 @@ def beside_base(task: str, own: pd.DataFrame, base: pd.DataFrame) -> pd.DataFram
 def write_items(items: pd.DataFrame, path: Path) -> None:
     """Store a cell's items, in the order given."""
     with replacing(path) as temporary:
-        pq.write_table(_as_table(items, SCHEMA), temporary, compression="zstd")
+        write_table(as_table(items, SCHEMA), temporary)
 
 
-def _as_table(items: pd.DataFrame, schema: pa.Schema) -> pa.Table:
-    plain = pa.schema(
-        [(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in schema]
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table of items compactly, for fast reading of many."""
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        write_statistics=False,
+        use_dictionary=[name for name in table.column_names if name in ("cell", *_REPEATED)],
     )
-    table = pa.Table.from_pandas(items, schema=plain, preserve_index=False, safe=False)
-    return table.replace_schema_metadata().cast(schema)
+
+
+def as_table(items: pd.DataFrame, schema: pa.Schema) -> pa.Table:
+    """A frame of items as an Arrow table of this schema, without pandas' own notes."""
+    return pa.Table.from_arrays([_array(items[f.name], f.type) for f in schema], schema=schema)
+
+
+def _array(values: pd.Series, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        # Categories that no row has are dropped: they would be stored with every part.
+        named = values.astype("category").cat.remove_unused_categories()
+        codes = pa.array(named.cat.codes, pa.int32(), mask=(named.cat.codes < 0).to_numpy())
+        texts = pa.array(named.cat.categories.astype(object), pa.string())
+        return pa.DictionaryArray.from_arrays(codes, texts)
+    if pa.types.is_floating(kind):
+        return pa.array(values.to_numpy(dtype=kind.to_pandas_dtype()))
+    return pa.array(values, from_pandas=True).cast(kind)
 
 
 def items_of(
@@ -70,22 +95,25 @@ def items_of(
     records: Iterable[dict[str, Any]],
     tasks: Iterable[str] | None = None,
     check: bool = False,
-) -> tuple[pd.DataFrame, list[str]]:
-    """The stored items of many cells as one frame, and a line for each file that is damaged.
+) -> pd.DataFrame:
+    """The stored items of many cells as one frame.
 
     cells: the folder of the cells' folders; tasks: only these; check: compare the files with the
     hashes in their records. Returns columns `cell` and those of SCHEMA (cell, task and subject as
     categories), in the order of records, tasks and items. Records without items (failed ones, and
-    those scored before items were stored) have none.
+    those scored before items were stored) have none; `attrs["problems"]` has a line for each file
+    that is missing or damaged.
     """
     chosen = [record for record in records if ITEMS in record["files"]]
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(partial(_read, cells, tasks and set(tasks), check), chosen))
     tables = [table for table in read if isinstance(table, pa.Table)]
     problems = [found for found in read if isinstance(found, str)]
-    schema = pa.schema([pa.field("cell", NAMES), *SCHEMA])
+    schema = pa.schema([_CELL, *SCHEMA])
     whole = pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries()
-    return whole.to_pandas(self_destruct=True, split_blocks=True), problems
+    frame = whole.to_pandas(self_destruct=True, split_blocks=True)
+    frame.attrs["problems"] = problems
+    return frame
 
 
 def _read(
@@ -93,21 +121,21 @@ def _read(
 ) -> pa.Table | str:
     path = cells / record["id"] / ITEMS
     try:
-        if check and sha256_file(path) != record["files"][ITEMS]:
+        content = path.read_bytes()
+        if check and hashlib.sha256(content).hexdigest() != record["files"][ITEMS]:
             return f"{path}: not the file that the record describes"
-        # Opened as a stream: pyarrow would look at the whole folder of a path.
-        with path.open("rb") as stream:
-            table = pq.ParquetFile(stream).read(use_threads=False)
-        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+        if table.schema != SCHEMA:
+            table = table.select(SCHEMA.names).cast(SCHEMA)
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror or error}"
     except (pa.ArrowException, KeyError, ValueError) as error:
         return f"{path}: damaged: {' '.join(str(error).split())[:200]}"
-    if tasks is not None:
-        known = table["task"].combine_chunks().dictionary if len(table) else []
-        kept = pa.array([name.as_py() in tasks for name in known])
-        table = table.filter(kept.take(table["task"].combine_chunks().indices))
-    name = pa.DictionaryArray.from_arrays(
-        pa.repeat(pa.scalar(0, pa.int32()), len(table)), pa.array([record["id"]])
+    if tasks is not None and len(table):
+        names = table["task"].combine_chunks()
+        kept = pa.array([name in tasks for name in names.dictionary.to_pylist()])
+        table = table.filter(kept.take(names.indices))
+    cell = pa.DictionaryArray.from_arrays(
+        np.zeros(len(table), dtype=np.int32), pa.array([record["id"]])
     )
-    return table.add_column(0, pa.field("cell", NAMES), name)
+    return table.add_column(0, _CELL, cell)
