@@ -208,6 +208,10 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
         _check_method(suite, name, spec)
     _check_tuning(suite)
     _check_curves(suite)
+    if "protocol" in config:
+        from ballast.published.data import check_protocol  # few suites need pandas to be read
+
+        check_protocol(config["protocol"])
     rates = config.get("learning_rates")
     if rates and not (suite.folder / rates).is_file():
         # A suite may name the table that its first `tune` will write.
