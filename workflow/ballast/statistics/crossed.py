@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from ballast.statistics.seeds import LEVEL, SMALLEST_ERROR
+from ballast.statistics.seeds import LEVEL, SMALLEST_ERROR, quantile
 
 # More than this is the normal distribution; where all differences are equal it would be endless.
 MOST_FREEDOM = 1e6
@@ -53,7 +53,9 @@ class Differences:
 
     def half(self, level: float = LEVEL) -> np.ndarray:
         """Half the width of the interval, the wider of the two."""
-        return np.maximum(*(special.stdtrit(df, 0.5 + level / 2) * e for e, df in self.errors()))
+        (crossed, df), (by_seed, _) = self.errors()
+        few = quantile(np.arange(self.n.max(initial=0) + 1) - 1, level)  # by number of seeds
+        return np.maximum(special.stdtrit(df, 0.5 + level / 2) * crossed, few[self.n] * by_seed)
 
     def errors(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Standard error and df of the crossed test, and of that over seeds alone."""
