@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from ballast import rates
+from ballast.equal import at_equal_specialization
 from ballast.measures import MEASURES
 from ballast.printed import (
     DASH,
@@ -20,7 +22,7 @@ from ballast.printed import (
     number,
     share,
 )
-from ballast.summary import Place, Row, by_row, mean_cell, raw_rows
+from ballast.summary import METHOD, Place, Row, by_row, mean_cell, raw_rows
 from ballast.tables import DERIVED
 
 CHURN = ("n", "kept", "gained", "forgotten", "never", "forgotten_form", "forgotten_likely")
@@ -183,8 +185,6 @@ def _measures(place: Place, keys: list[str], name: str, title: str, about: str) 
 
 def equal_table(place: Place) -> Table | None:
     """Stability at equal specialization; None without curves."""
-    from ballast.equal import at_equal_specialization
-
     if place.results.curves.empty:
         return None
     here = place.analysis.base, place.analysis.target
@@ -220,6 +220,52 @@ def equal_table(place: Place) -> Table | None:
             "F where a cell's learn–forget curve (its trajectory, or the rewind W0 + αΔW) first "
             "reaches E, interpolated; reached: share of the seeds that get so far. A method that "
             "learned little forgets little: its end point says nothing about its stability.",
+        ),
+    )  # fmt: skip
+
+
+# The learning rate: as the method says, and as found on validation.
+
+
+def tuning_table(place: Place) -> Table | None:
+    """Default and tuned learning rates with their validation scores; None if none was tuned."""
+    known = place.results.rates
+    if known is None:
+        return None
+    here = (known["base"] == place.analysis.base) & (known["target"] == place.analysis.target)
+    if not here.any():
+        return None
+    frame = rates.tuning_table(known[here])
+    titles = {row["method"]: row["name"] for row in place.rows.values()}
+    columns = [Column(f"{what} rate", "Learning rate") for what in ("Default", "Tuned")]
+    columns += [Column(what, "Target on validation") for what in ("Default", "Tuned", "Gain")]
+    columns += [Column("Sensitivity", "Target on validation")]
+    columns += [Column(what, "F") for what in ("Default", "Tuned")]
+    columns += [Column("Rates × seeds", align="center"), Column("Failed")]
+    rows = [
+        [
+            Cell(titles.get(row["method"], row["method"])),
+            Cell("" if absent(row["rank"]) else str(int(row["rank"]))),
+            Cell(row["variant"]),
+            Cell(figures(row["default_rate"])),
+            Cell(figures(row["rate"]), marks=("edge",) if row["at_edge"] else ()),
+            *(Cell(number(row[key], 2)) for key in ("default", "tuned")),
+            Cell(number(row["gain"], 2, signed=True)),
+            Cell(number(row["sensitivity"], 2)),
+            *(Cell(number(row[f"F.{key}"], 2, signed=True)) for key in ("default", "tuned")),
+            Cell(f"{row['rates']} × {row['seeds']}"),
+            Cell(str(row["failed"])),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Table(
+        "tuning", "Default and tuned learning rates",
+        "Every method has the same budget of rates; the choice is made on validation items only.",
+        (*METHOD, *columns), rows, frame,
+        (
+            "Sensitivity: how many points lower than the best rate's score that of a rate taken "
+            "from the grid at random is, on average; 0: any rate will do. ‡: the first or last "
+            "rate of the grid was chosen, so a better one may lie beyond.",
         ),
     )  # fmt: skip
 

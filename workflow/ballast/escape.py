@@ -50,7 +50,9 @@ _LATEX = {
     "[": "{[}", "]": "{]}", "*": "{*}", "`": r"\textasciigrave{}", "-": r"{-}",
     "Δ": r"$\Delta$", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "α": r"$\alpha$",
     "β": r"$\beta$", "λ": r"$\lambda$", "≥": r"$\geq$", "≤": r"$\leq$", "…": r"\ldots{}",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "°": r"$^\circ$", "τ": r"$\tau$", "‖": r"$\|$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "°": r"$^\circ$", "‡": r"$\ddagger$",
+    "τ": r"$\tau$", "‖": r"$\|$", "‑": "{-}", "Σ": r"$\Sigma$", "σ": r"$\sigma$", "‐": "{-}",
+    "ᵀ": r"$^T$", "₀": r"$_0$", "ₖ": r"$_k$",
     "→": r"$\rightarrow$", "∞": r"$\infty$", "√": r"$\surd$", "·": r"$\cdot$", "’": "'",
     "“": "``", "”": "''",
 }  # fmt: skip

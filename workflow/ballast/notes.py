@@ -50,7 +50,8 @@ def _single(place: Place) -> str:
 
 def _marks(place: Place) -> str:
     analysis = place.analysis
-    if not analysis.rows[[f"{key}.rank_low" for key in COMPARED]].notna().any(axis=None):
+    lows = [row.get(f"{key}.rank_low") for row in place.rows.values() for key in COMPARED]
+    if all(absent(low) for low in lows):
         return "Nothing is ranked or marked as better: no row has two seeds."
     text = (
         "#: ranks by O that the row may hold; rows that the tests do not tell apart share them. "

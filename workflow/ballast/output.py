@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ballast import details, leaderboard, render, summary
+from ballast import details, leaderboard, published, render, summary
 from ballast.escape import file_names, markdown
 from ballast.files import replacing, write_text
 from ballast.printed import Table
-from ballast.published import comparison as published
-from ballast.published import show
 from ballast.results import Results
 from ballast.statistics.analysis import analyse
 from ballast.summary import Place
@@ -35,6 +33,7 @@ def tables_of(place: Place) -> list[Table]:
         details.derived_table(place),
         details.drift_table(place),
         summary.costs_table(place),
+        details.tuning_table(place),
         details.definitions_table(place),
     ]
     return [table for table in found if table is not None]
@@ -56,7 +55,7 @@ def write_tables(
     """
     places = places_of(results) if places is None else places
     analyses = {(p.analysis.base, p.analysis.target): p.analysis for p in places}
-    papers = published.tables_of(results, protocol, analyses)
+    papers = published.blocks_of(results, protocol, analyses)
     names = file_names(analyses)
     written, parts = _write_cells(results, folder), []
     for place, (where, name) in zip(places, names.items(), strict=True):
@@ -64,7 +63,7 @@ def write_tables(
         texts = {t.name: (t.raw, render.latex(t, place.title)) for t in found}
         beside = [item for item in papers if (item.base, item.target) == where]
         for at, item in enumerate(beside, start=1):
-            texts[f"published-{at}"] = show.plain(item), show.latex(item)
+            texts[f"published-{at}"] = published.plain(item), published.latex(item)
         written.append(folder / f"{name}.md")
         write_text(written[-1], page(place, found, beside))
         for kind, (raw, text) in texts.items():
@@ -91,13 +90,14 @@ def _write_cells(results: Results, folder: Path) -> list[Path]:
 def page(place: Place, tables: Sequence[Table], papers: Sequence[published.SideBySide] = ()) -> str:
     """All tables of a base and target as one Markdown page."""
     parts = [render.markdown(table) for table in tables]
-    parts += [show.markdown(item, "##") for item in papers]
+    parts += [published.markdown(item, "##") for item in papers]
     return "\n".join([f"# {markdown(place.title)}", "", *parts])
 
 
 def _remove_others(folder: Path, kept: set[Path]) -> None:
     """Remove tables of an earlier run: pages, and files of bases and targets that are gone."""
-    for path in [*folder.glob("*.md"), *folder.glob("*/*.csv"), *folder.glob("*/*.tex")]:
+    patterns = ("*.md", "tradeoff-*.csv", "tradeoff-*.tex", "*/*.csv", "*/*.tex")
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         if path not in kept:
             path.unlink()
     for path in folder.iterdir():

@@ -17,6 +17,7 @@ MARKS = {
     "better": ("↑", r"\uparrow"),
     "worse": ("↓", r"\downarrow"),
     "same": ("°", r"\circ"),
+    "edge": ("‡", r"\ddagger"),
 }
 
 
@@ -44,8 +45,7 @@ class Table:
 
     name: of its files; title and about: its heading and one sentence on how to read it; rows: one
     Cell for each of the columns; rules: numbers of rows below which a line is drawn; raw: the exact
-    numbers, for CSV; notes: what must be known to trust it, plain text; wide: whether a reader is
-    spared it where there is little room.
+    numbers, for CSV; notes: what must be known to trust it, plain text.
     """
 
     name: str

@@ -154,4 +154,4 @@ def _csv_cell(value: Any) -> str:
     if isinstance(value, str):
         value = "".join(c if c.isprintable() or c in "\t\r\n" else " " for c in value)
         return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    return f"{value + 0.0:.10g}" if isinstance(value, float) else str(value)

@@ -33,8 +33,12 @@ from ballast.printed import (
 )
 from ballast.results import Results
 from ballast.statistics.analysis import COMPARED, LEVEL, Analysis
+from ballast.tables import MEASURES
 
+DIFFERENCE = ("diff", "diff_low", "diff_high", "p", "p_adjusted", "p_base", "p_base_adjusted")
 ROLES = ("upstream", "target", "probe")
+# Of a row, even where no cell of the table is ok.
+NEEDED = (*MEASURES, *(f"{key}.{name}" for key in COMPARED for name in DIFFERENCE))
 IDENTITY = ("method", "title", "family", "variant", "rank", "n_ok", "n_planned", "note")
 Row = dict[str, Any]
 
@@ -72,6 +76,7 @@ class Place:
             title = str(row["title"])
             row["name"] = title if shared[title] == 1 else f"{title} ({row['method']})"
             row["key"] = str(key)
+            row |= {name: None for name in NEEDED if name not in row}
             found[row["key"]] = row
         return found
 
@@ -168,9 +173,10 @@ def by_row(
 
 def best_rows(place: Place, quantity: str) -> set[str]:
     """Rows that no other is found to be better than; nobody if that is every row."""
-    low = place.analysis.rows[f"{quantity}.rank_low"].dropna()
-    best = low.index[low == 1]
-    return set() if len(best) == len(low) else {str(key) for key in best}
+    lows = {key: row.get(f"{quantity}.rank_low") for key, row in place.rows.items()}
+    low = {key: value for key, value in lows.items() if not absent(value)}
+    best = {key for key, value in low.items() if value == 1}
+    return set() if len(best) == len(low) else best
 
 
 def marks_of(row: Row, quantity: str) -> tuple[str, ...]:
@@ -223,13 +229,7 @@ def tradeoff_table(place: Place) -> Table:
 
 
 RANKS = tuple(f"{key}.rank_{end}" for key in COMPARED for end in ("low", "high"))
-TESTED = tuple(
-    f"{key}.{name}"
-    for key in COMPARED
-    for name in (
-        "diff", "diff_low", "diff_high", "p", "p_adjusted", "p_base", "p_base_adjusted",
-    )
-)  # fmt: skip
+TESTED = tuple(f"{key}.{name}" for key in COMPARED for name in DIFFERENCE)
 
 
 def control_table(place: Place) -> Table | None:
