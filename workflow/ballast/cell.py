@@ -29,6 +29,7 @@ from ballast.outcome import (
     cell_folder,
     failed_record,
     ready_base,
+    split_of,
 )
 from ballast.plan import read_plan
 from ballast.records import validate_record
@@ -75,6 +76,11 @@ class Work:
         self.base: Any = None
         self.tuner: Any = None
         self.untouched: Any = None
+
+    @property
+    def final(self) -> bool:
+        """Whether the cell is one of results, scored on test items alone, not one of `tune`."""
+        return {split_of(self.spec, name) for name in self.spec["tasks"]} == {"test"}
 
     def stored(self) -> dict[str, Any] | None:
         """What an earlier run of this very cell stored when it had trained, or None."""
@@ -223,14 +229,13 @@ class Work:
             lm = language_model(self.base, self.spec["evaluation"]["batch_size"])
             for name in self.spec["tasks"]:
                 folder = Path(self.ready["tasks"][name]["folder"])
-                split = self.spec["tasks"][name].get("split", self.spec.get("split", "test"))
+                split = split_of(self.spec, name)
                 scores = score_task(lm, tasks[name], folder, delimiter, split)
                 path = self.folder / "samples" / f"{name}.parquet"
                 write_items(scores, path)
                 record["scores"][name] = scores.summary
                 record["files"][f"samples/{name}.parquet"] = sha256_file(path)
-                if split == "test":
-                    compared[name] = scores
+                compared |= {name: scores} if self.final else {}
                 self.report.note(f"{name}: {scores.summary['value']:.1f}")
         comparison = Comparison(self.base.tokenizer)
         for name, scores in compared.items():
@@ -286,8 +291,7 @@ class Work:
         from ballast import drift
         from ballast.template import template_for
 
-        tests = all(part.get("split", "test") == "test" for part in self.spec["tasks"].values())
-        if not (self.spec["evaluation"].get("drift", True) and tests and "split" not in self.spec):
+        if not (self.final and self.spec["evaluation"].get("drift", True)):
             return
         with self.phases.phase("drift"):
             encoder = self.base.anatomy.kind == "encoder"

@@ -60,7 +60,7 @@ def blank_record(
         "tasks": {name: _task(tasks[name], entry) for name, entry in spec["tasks"].items()},
         "scored": None,
         "scores": {},
-        "base_scores": {name: ready["tasks"][name]["scores"] for name in spec["tasks"]},
+        "base_scores": {name: _base_score(spec, ready, name) for name in spec["tasks"]},
         "costs": {
             "trainable_parameters": None,
             "total_parameters": None,
@@ -82,6 +82,20 @@ def blank_record(
             "versions": {"train": versions.TRAIN, "evaluation": versions.EVALUATION},
         },
     }
+
+
+def split_of(spec: dict[str, Any], task: str) -> str:
+    """The split that a cell is scored on: test, but for the targets of `tune`."""
+    return spec["tasks"][task].get("split", spec.get("split", "test"))
+
+
+def _base_score(spec: dict[str, Any], ready: dict[str, Any], task: str) -> dict[str, Any]:
+    """The untouched base's score on the split of a cell's task."""
+    key = "validation_scores" if split_of(spec, task) == "validation" else "scores"
+    found = ready["tasks"][task].get(key)
+    if found is None:
+        raise DataError(f"base {ready['base']}: no {key} of {task}; remove its file, run again")
+    return found
 
 
 def failed_record(
