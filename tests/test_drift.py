@@ -345,6 +345,23 @@ def test_adapted_embeddings_count_among_the_matrices(made, make_batches):
     assert found["activation_change"] == 0
 
 
+def test_the_connector_is_one_of_the_linears(made):
+    base, texts, folder = made("llava")
+    reference = drift.reference(base, texts)
+    connector = base.model.get_submodule(base.anatomy.connector)
+    before = connector.linear_1.weight.detach().clone()
+    with torch.no_grad():
+        connector.linear_1.weight.mul_(1.5)
+    found = drift.drift_of(reference, base, folder)
+    linears = [n for n in linears_of(base.model) if "tower" not in n and "lm_head" not in n]
+    assert found["changed_share"] == pytest.approx(1 / len(linears))
+    assert found["weight_change"] == pytest.approx(0.5)
+    x = texts.features.flatten(0, 1)
+    alone = float(((x @ (0.5 * before).T).norm(dim=1) / x.norm(dim=1)).mean())
+    # Of its tokens as many are drawn as of the text: here there are fewer, and all are taken.
+    assert found["activation_change"] == pytest.approx(alone / len(linears), rel=1e-4)
+
+
 def test_post_hoc_weights_are_measured_as_they_lie(made, make_batches):
     base, texts, folder = made()
     reference = drift.reference(base, texts)
