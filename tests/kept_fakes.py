@@ -9,6 +9,12 @@ import pandas as pd
 
 from ballast.results import Results
 
+# Titles of methods that terminals, rich, spreadsheets and browsers would take for more than text.
+HOSTILE = (
+    "<script>alert(1)</script>", "[bold red]x[/bold red]", "[/]", ":smile: [link=http://x.y]z[/link]",
+    "\x1b[31mred\x00", "a|b\n| c |", "=1+1", "日本 🎉 é", "[1em]", "{0} %s \\n",
+)  # fmt: skip
+
 
 def keep_fake(results: Results, folder: Path) -> Path:
     """Write records.parquet and items.parquet as `keep` does; returns the folder."""

@@ -153,7 +153,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
     """What the tests say of F, E and O, in words."""
     a, b = found["a"]["name"], found["b"]["name"]
     lines = {line["quantity"]: line for line in found["quantities"] if line["role"] == "measure"}
-    known = [lines[name] for name in ("F", "E", "O") if not absent(lines[name]["difference"])]
+    known = [lines[name] for name in ("F", "E", "O") if name in lines]
+    known = [line for line in known if not absent(line["difference"])]
     told = [_told(line) for line in known if line["told_apart"]]
     same = sorted(line["quantity"] for line in known if line["told_apart"] is False)
     open_ = sorted(line["quantity"] for line in known if line["told_apart"] is None)
@@ -209,8 +210,9 @@ def _show(one: Mapping[str, Any], screen: Screen) -> None:
     screen.line()
     screen.table(
         ["", "A", "B", "difference", "95 %", "p", "items"],
-        [_cells(line) for line in lines], most=40,
-    )  # fmt: skip
+        [_cells(line) for line in lines],
+        spare=["items"],
+    )
     for which, test in _tests(lines):
         screen.line(f"Test of {which}: {test}.")
 

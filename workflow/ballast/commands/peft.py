@@ -102,4 +102,4 @@ def _show(rows: pd.DataFrame, screen: Screen) -> None:
              figures(seconds.iloc[0], 4) if len(seconds) else "–"]
         )  # fmt: skip
     headers = ["run", "method here", "target", "unit", "forgot", "params", "train s"]
-    screen.table(headers, lines, left=2, most=44)
+    screen.table(headers, lines, left=2)

@@ -188,6 +188,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if not tied:
         return f"{best['name']} is the only row within the limits: {score}."
     lead = f"{best['name']} has the highest mean ({score})"
+    if all(absent(row["p_adjusted"]) for row in tied):
+        return (
+            f"One seed allows no choice: {lead}, but without a second one nothing is known of the "
+            f"noise between it and {count(len(tied), 'other row')} within the limits."
+        )
     if found["rows_within_limits"] == len(tied) + 1:
         return (
             f"The noise does not allow a choice: {lead}, but none of the "
@@ -210,12 +215,7 @@ def show_advice(found: Mapping[str, Any], screen: Screen, most: int = 12) -> Non
     tied = found["not_told_apart"]
     if found["best"]:
         screen.heading("Best mean, then rows that cannot be told apart from it" if tied else "Best")
-        screen.table(
-            ["row", "seeds", "E (95 %)", "F (95 %)", *(["difference"] if tied else []),
-             "train s", "MB", "params"],
-            [_line(row, tied, found["ranked_by"]) for row in [found["best"], *tied[:most]]],
-            most=34,
-        )  # fmt: skip
+        _table([found["best"], *tied[:most]], found["ranked_by"], screen)
         if len(tied) > most:
             screen.line(f"and {len(tied) - most} more; --json lists them all")
         _cheapest(found, screen)
@@ -234,16 +234,25 @@ def _asked(found: Mapping[str, Any]) -> str:
     return f"Asked for: {', '.join(given) if given else 'no limits'}; best by {by}."
 
 
-def _line(row: Mapping[str, Any], tied: list[Any], quantity: str) -> list[str]:
-    spans = [
-        f"{number(row[q], 1, True)} ({interval(row[f'{q}_low'], row[f'{q}_high'])})"
-        if not absent(row[f"{q}_low"])
-        else number(row[q], 1, True)
-        for q in ("E", "F")
-    ]
-    difference = [number(row.get("difference_to_best"), 1, True)] if tied else []
-    costs = [number(row["seconds"], 1), number(row["memory_mb"], 0), compact(row["parameters"])]
-    return [row["name"], str(row["seeds"]), *spans, *difference, *costs]
+def _table(rows: list[Mapping[str, Any]], quantity: str, screen: Screen) -> None:
+    """The rows with what they are ranked by, what they are limited by, and what they cost."""
+    others = ("F",) if quantity == "E" else ("E", "F")
+    lines = []
+    for row in rows:
+        line = {
+            "row": row["name"],
+            "seeds": str(row["seeds"]),
+            quantity: number(row[quantity], 1, True),
+            "95 %": interval(row[f"{quantity}_low"], row[f"{quantity}_high"], 1, True),
+            **{name: number(row[name], 1, True) for name in others},
+        }
+        if quantity == "E":
+            line["95 % of F"] = interval(row["F_low"], row["F_high"], 1, True)
+        line["difference"] = number(row.get("difference_to_best"), 1, True)
+        line["train s"], line["MB"] = number(row["seconds"], 1), number(row["memory_mb"], 0)
+        lines.append(line | {"params": compact(row["parameters"])})
+    spare = ["seeds", "difference", "95 % of F"] if quantity == "E" else ["seeds", "difference"]
+    screen.table(list(lines[0]), [list(line.values()) for line in lines], spare=spare)
 
 
 def _cheapest(found: Mapping[str, Any], screen: Screen) -> None:
@@ -251,15 +260,16 @@ def _cheapest(found: Mapping[str, Any], screen: Screen) -> None:
     rows = [found["best"], *found["not_told_apart"]]
     if len(rows) == 1:
         return
-    parts = []
+    best: dict[str, list[str]] = {}
     for name, words in (("seconds", "trains fastest"), ("memory_mb", "needs the least memory"),
                         ("parameters", "trains the fewest parameters")):  # fmt: skip
         known = [row for row in rows if not absent(row[name])]
         if known:
-            parts.append(f"{min(known, key=lambda row: row[name])['name']} {words}")
-    if parts:
+            best.setdefault(min(known, key=lambda row: row[name])["name"], []).append(words)
+    if best:
+        said = [f"{name} {' and '.join(words)}" for name, words in best.items()]
         screen.line()
-        screen.line(f"Of these, {'; '.join(parts)}.")
+        screen.line(f"Of these, {'; '.join(said)}.")
 
 
 def _limits(found: Mapping[str, Any]) -> list[str]:
@@ -274,6 +284,8 @@ def _limits(found: Mapping[str, Any]) -> list[str]:
         lines.append(line + (f", {unknown} of them not measured." if unknown else "."))
     if found["rows_without_result"]:
         lines.append(f"{count(found['rows_without_result'], 'row')} without a cell that is ok.")
+    if {"seconds", "memory_mb"} & set(found["excluded_by"]):
+        lines.append("A post-hoc row costs what its parents cost, and its own.")
     if found["unsure_of_forgetting"]:
         rows = count(found["unsure_of_forgetting"], "row")
         lines.append(

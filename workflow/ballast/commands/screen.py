@@ -14,15 +14,31 @@ from collections.abc import Iterable, Sequence
 from textwrap import wrap
 from typing import Any
 
-from ballast.escape import one_line, shorten
+from rich.cells import cell_len, set_cell_size
+
+from ballast.escape import one_line
 from ballast.printed import DASH, absent, number
 
 NARROW, WIDE = 80, 110
+LEAST, COMFORTABLE = 8, 24  # columns for a name
 
 
 def width() -> int:
     """Columns to fill: the terminal's, within 80 and 110."""
     return min(max(shutil.get_terminal_size((WIDE, 24)).columns, NARROW), WIDE)
+
+
+def _needed(lines: Sequence[Sequence[str]]) -> int:
+    """Width of a table whose first column may be cut to COMFORTABLE."""
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    return min(widths[0], COMFORTABLE) + sum(widths[1:]) + 2 * len(widths) - 2
+
+
+def _fitted(text: str, width: int, left: bool) -> str:
+    """The text in exactly so many columns of a terminal; some characters take two."""
+    if cell_len(text) > width:
+        return set_cell_size(text, width - 1) + "…"
+    return text + " " * (width - cell_len(text)) if left else " " * (width - cell_len(text)) + text
 
 
 class Screen:
@@ -48,20 +64,29 @@ class Screen:
         self.line(text, style="bold")
 
     def table(
-        self, headers: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1, most: int = 40
+        self,
+        headers: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        left: int = 1,
+        spare: Sequence[str] = (),
     ) -> None:
-        """Columns two blanks apart; the first `left` to the left side, cut at `most` characters."""
-        from rich.table import Table
-        from rich.text import Text
+        """Columns two blanks apart; the first `left` begin at the left side, the others end right.
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for at, name in enumerate(headers):
-            side = "left" if at < left else "right"
-            table.add_column(Text(name), justify=side, no_wrap=at >= left, overflow="fold")
-        for row in rows:
-            cells = [shorten(one_line(str(cell)), most) for cell in row]
-            table.add_row(*(Text(cell) for cell in cells))
-        self._console.print(table)
+        Where there is too little room, the columns `spare` are left out one by one, and then the
+        first column is cut; numbers never are.
+        """
+        lines = [[one_line(str(cell)) for cell in row] for row in (headers, *rows)]
+        dropped = list(spare)
+        while dropped and _needed(lines) > self._console.width:
+            at = lines[0].index(dropped.pop(0))
+            lines = [[*line[:at], *line[at + 1 :]] for line in lines]
+        widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+        room = self._console.width - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], max(LEAST, room))
+        for row, line in enumerate(lines):
+            cells = [_fitted(cell, widths[i], i < left) for i, cell in enumerate(line)]
+            text = "  ".join(cells).rstrip()
+            self._console.print(text, style="bold" if row == 0 else None, soft_wrap=True)
 
     def facts(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Names and values, one to a line; long values are wrapped under themselves."""

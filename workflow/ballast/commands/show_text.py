@@ -78,7 +78,7 @@ def _scores(one: Shown, screen: Screen) -> None:
         rows.append(
             [task["title"] + unit, task["role"], *shown, change, loss, number(task["n"], 0)]
         )
-    screen.table(["task", "role", "base", "tuned", "change", "ΔCE", "items"], rows, left=2, most=44)
+    screen.table(["task", "role", "base", "tuned", "change", "ΔCE", "items"], rows, left=2)
 
 
 def _churn(one: Shown, screen: Screen) -> None:
@@ -91,7 +91,7 @@ def _churn(one: Shown, screen: Screen) -> None:
     if rows:
         screen.heading("Items against the base")
         headers = ["task", "kept", "gained", "forgotten", "never", "no answer", "still likely"]
-        screen.table(headers, rows, most=44)
+        screen.table(headers, rows)
         screen.line(
             "no answer: of the forgotten, those whose text holds no answer of the task's form; "
             "still likely: those whose true answer kept a probability of one half per token."
@@ -219,7 +219,8 @@ def _row(one: Shown, suite: str, screen: Screen) -> None:
         *([f"− {against}", "95 %", "p"] if against else []),
         "ranks",
     ]
-    screen.table(headers, [_measure(name, m, against) for name, m in one["measures"].items()])
+    rows = [_measure(name, m, against) for name, m in one["measures"].items()]
+    screen.table(headers, rows, spare=["sd", "p"])
     for line in _reading(one, against):
         screen.line(line)
     _row_scores(one["tasks"], screen)
@@ -228,7 +229,7 @@ def _row(one: Shown, suite: str, screen: Screen) -> None:
         [c["id"], STATUSES[c["status"]], *(number(c[q], 1, True) for q in ("E", "F", "O"))]
         for c in one["cells"]
     ]
-    screen.table(["cell", "status", "E", "F", "O"], cells, left=2, most=64)
+    screen.table(["cell", "status", "E", "F", "O"], cells, left=2)
     for cell in one["cells"]:
         if cell["status"] not in ("ok", "missing"):
             screen.line(f"{cell['id']}: {cell['reason']}", indent=2)
@@ -277,4 +278,4 @@ def _row_scores(tasks: list[Shown], screen: Screen) -> None:
             )  # fmt: skip
     if rows:
         screen.heading("Scores")
-        screen.table(["task", "role", "base", "tuned", "95 %", "ΔCE"], rows, left=2, most=44)
+        screen.table(["task", "role", "base", "tuned", "95 %", "ΔCE"], rows, left=2)

@@ -122,8 +122,7 @@ def find(results: Results, text: str) -> list[Named]:
             "give a row like lora-r8, or more of the id"
         )
     known = sorted(set(keys))
-    message = unknown("row or cell", shown, known)
-    raise DataError(shorten(message, 400))
+    raise DataError(shorten(unknown("row or cell", shown, known), 240))
 
 
 def _cell(row: pd.Series) -> Named:
