@@ -790,6 +790,10 @@ class Quiet:
     def step(self, step, total, loss): ...
 
 
+def _classes_of(task):
+    return read_tasks(ROOT / "workflow" / "tasks")[task].classes
+
+
 def test_cells_of_an_encoder_from_data_to_record(tmp_path, micro):
     """Trained, scored, scored again from the store; a post-hoc cell keeps its parent's head."""
     from ballast.cell import cell_folder
@@ -805,6 +809,13 @@ def test_cells_of_an_encoder_from_data_to_record(tmp_path, micro):
         validate_record(record)
         write_json(cell_folder(row, layout) / "run.json", record)
         assert set(record["scores"]) == {"enc_facts", row["target"]}
+        assert set(record["churn"]) == set(record["scores"])
+        changes = json.loads((cell_folder(row, layout) / "changes.json").read_text())
+        kinds = [changes[row["target"]][kind] for kind in ("gained", "forgotten")]
+        for entry in (entry for entries in kinds for entry in entries):
+            assert {entry["before"], entry["after"]} == set(_classes_of(row["target"]))
+            assert entry["reference"] in (entry["before"], entry["after"])
+            assert "<pad>" not in entry["question"]
         stored[row["target"], row["method"]], _ = read_tensors(
             cell_folder(row, layout) / "adapter.safetensors"
         )
