@@ -372,7 +372,8 @@ def test_tuning_gives_every_method_the_same_budget_on_validation_items(home):
     for _, row in tune.iterrows():
         spec = json.loads(row["spec"])
         assert spec["split"] == "validation"
-        assert set(spec["tasks"]) == {"tiny_learn"}
+        splits = {name: entry["split"] for name, entry in spec["tasks"].items()}
+        assert splits == {"tiny_learn": "validation", "tiny_keep": "test"}
         assert spec["folder"] == "tiny/tune"
     lora = tune[tune["method"] == "lora"]
     grid = {json.loads(spec)["learning_rate"] for spec in lora["spec"]}

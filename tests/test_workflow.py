@@ -266,10 +266,26 @@ def test_tune_writes_rates_and_curves(home):
     assert (folder / "curves.svg").stat().st_size > 2000
     assert (folder / "curves.png").stat().st_size > 2000
     assert "learning_rate" in output
-    # Validation alone was scored, and the cells of the results are other ones.
+    assert table["default"].tolist() == [False, True]
+    assert table[["E", "F"]].notna().all(axis=None)
+    assert len(pd.read_csv(folder / "tuning.csv")) == 1
+    # The target was scored on validation alone, and the cells of the results are other ones.
     for record in (json.loads(p.read_text()) for p in folder.glob("cells/*/run.json")):
-        assert set(record["scores"]) == {"tiny_learn"}
-        assert record["scores"]["tiny_learn"]["n"] < 12
+        n = {name: score["n"] for name, score in record["scores"].items()}
+        assert n["tiny_learn"] < n["tiny_keep"] == 12
+        assert {name: score["n"] for name, score in record["base_scores"].items()} == n
+
+
+def test_curves_are_made_on_demand_and_belong_to_no_run(home):
+    path = str(home.root / "config/resume.yaml")
+    assert "rule curve:" not in home.snakemake("-n", "--configfile", path)
+    output = home.snakemake("rewind", "trajectories", "--configfile", path)
+    for kind in ("rewind", "trajectory"):
+        assert f"{kind} of 1 cells" in output
+    curves = [json.loads(p.read_text()) for p in home.root.glob("results/resume/curves/*.json")]
+    assert sorted(curve["kind"] for curve in curves) == ["rewind", "trajectory"]
+    assert all(curve["identical"] is True for curve in curves)
+    assert "rule curve:" not in home.snakemake("rewind", "-n", "--configfile", path)
     assert len(home.records("resume")) == 1
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import ballast.quiet  # noqa: F401  (first: the libraries read its settings when imported)
-from ballast.curves import KINDS, finished_record, is_current, new_curve, write_curve
+from ballast.curves import (
+    KINDS,
+    finished_record,
+    is_current,
+    new_curve,
+    points_of,
+    settings_of,
+    write_curve,
+)
 from ballast.errors import BallastError
 from ballast.layout import Layout
 from ballast.plan import read_plan
@@ -46,8 +54,7 @@ def finish_curve(
     Returns the exit code of the job; limits are doubled by every retry, as those of cells.
     """
     spec = json.loads(read_plan(plan).loc[cell, "spec"])
-    curves = spec["curves"]
-    points = curves["checkpoints"] if kind == "trajectory" else len(curves["alphas"])
+    points = points_of(settings_of(spec, kind))
     limits = {key: value * 2 ** (attempt - 1) for key, value in spec["limits"].items()}
     command = [sys.executable, "-m", "ballast.curve_job", str(plan), cell, kind]
     command += ["--root", str(layout.root), "--results", str(layout.results)]

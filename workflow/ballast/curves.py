@@ -39,6 +39,11 @@ def settings_of(spec: dict[str, Any], kind: str) -> dict[str, Any]:
     return {key: block[key] for key in ("checkpoints" if kind == KINDS[0] else "alphas", "items")}
 
 
+def points_of(settings: dict[str, Any]) -> int:
+    """How many points of a curve have to be scored."""
+    return settings.get("checkpoints") or len(settings["alphas"])
+
+
 def why_left_out(spec: dict[str, Any], posthoc: bool, kind: str) -> str | None:
     """Why a cell cannot have a curve of this kind, or None."""
     if kind == "trajectory" and posthoc:

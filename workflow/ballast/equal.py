@@ -40,7 +40,7 @@ def crossings(curves: pd.DataFrame, level: float) -> pd.Series:
     curves: cell, share, E, F, one curve a cell. Between two points both are taken as linear; the
     first crossing counts, whatever E does later.
     """
-    ordered = curves.dropna(subset=["E", "F"]).sort_values(["cell", "share"])
+    ordered = curves.dropna(subset=["E", "F"]).sort_values(["cell", "share"], ignore_index=True)
     before = ordered.groupby("cell", observed=True)[["E", "F"]].shift()
     hit = (ordered["E"] >= level).to_numpy()
     at = ordered[hit].drop_duplicates("cell")

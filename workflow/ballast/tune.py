@@ -1,4 +1,8 @@
-"""Learning rates: the cells that look for them, on validation items only, and their table."""
+"""Learning rates: the cells that look for them, and their table.
+
+They are found on the target's validation items alone. Upstream tasks are scored as well, on their
+test items, so that a method's whole frontier over rates can be shown; no choice looks at those.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from typing import Any
 
 import pandas as pd
 
+from ballast import tradeoff
 from ballast.files import key_of, replacing
 from ballast.plan import COLUMNS
 from ballast.rates import COLUMNS as RATE_COLUMNS
-from ballast.rates import KEYS, best_rates
+from ballast.rates import EXTRA, KEYS, best_rates
 from ballast.suite import Suite
+
+# learning_rate_source of a cell of the grid; the second is the grid's start.
+GRID, DEFAULT = "grid", "grid, default"
 
 
 def make_tune_plan(suite: Suite, plan: pd.DataFrame) -> pd.DataFrame:
@@ -33,17 +41,28 @@ def make_tune_plan(suite: Suite, plan: pd.DataFrame) -> pd.DataFrame:
         start = tuning["start"].get(row["method"], default)
         for factor in tuning["factors"]:
             for seed in tuning["seeds"]:
-                rows.append(_cell(row, spec, float(f"{start * factor:.4g}"), seed))
+                rate = float(f"{start * factor:.4g}")
+                rows.append(_cell(row, spec, rate, seed, factor == 1))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"rank": "Int64"})
 
 
-def _cell(row: pd.Series, spec: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+# Targets on what rates are chosen by; upstream tasks on what the results are scored on.
+SPLITS = {"target": "validation", "upstream": "test"}
+
+
+def _cell(
+    row: pd.Series, spec: dict[str, Any], rate: float, seed: int, default: bool
+) -> dict[str, Any]:
     own = spec | {
         "learning_rate": rate,
-        "learning_rate_source": "grid",
+        "learning_rate_source": DEFAULT if default else GRID,
         "seed": seed,
-        "split": "validation",
-        "tasks": {k: entry for k, entry in spec["tasks"].items() if entry["role"] == "target"},
+        "split": SPLITS["target"],
+        "tasks": {
+            name: entry | {"split": SPLITS[entry["role"]]}
+            for name, entry in spec["tasks"].items()
+            if entry["role"] in SPLITS
+        },
     }
     own["folder"] = f"{spec['suite']}/tune"
     keys = [row["train_key"], rate, seed]
@@ -53,16 +72,23 @@ def _cell(row: pd.Series, spec: dict[str, Any], rate: float, seed: int) -> dict[
         "id": f"{slug}.lr{rate:g}.s{seed}-{key_of(keys, length=8)}",
         "seed": seed,
         "train_key": key_of(keys),
-        "eval_key": key_of([row["eval_key"], "validation"]),
+        "eval_key": key_of([row["eval_key"], SPLITS]),
         "spec": json.dumps(own, sort_keys=True),
     }
 
 
 def rates_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """The curves of `tune` as a table, one row per cell; failed cells have no score."""
+    """The curves of `tune` as a table, one row per cell; failed cells have no score.
+
+    E is on validation items (against the untouched base on the same), F on the upstream tasks'
+    test items; both are missing in cells that scored no upstream task.
+    """
     rows = []
     for record in records:
-        who, scores = record["identity"], list(record["scores"].values())
+        who = record["identity"]
+        scores = _of_role(record, "target")
+        whole = record["status"] == "ok" and bool(_of_role(record, "upstream"))
+        measures = tradeoff.of_record(record) if whole else {}
         rows.append(
             {
                 **{key: who[key] for key in KEYS},
@@ -71,15 +97,23 @@ def rates_table(records: list[dict[str, Any]]) -> pd.DataFrame:
                 "score": fmean(score["value"] for score in scores) if scores else None,
                 "loss": fmean(score["loss"] for score in scores) if scores else None,
                 "status": record["status"],
+                "E": measures.get("E"),
+                "F": measures.get("F"),
+                "default": record["settings"].get("learning_rate_source") == DEFAULT,
             }
         )
-    table = pd.DataFrame(rows, columns=RATE_COLUMNS).astype({"rank": "Int64"})
+    table = pd.DataFrame(rows, columns=[*RATE_COLUMNS, *EXTRA]).astype({"rank": "Int64"})
+    table = table.astype(dict.fromkeys(("score", "loss", "E", "F"), float))
     return table.sort_values([*KEYS, "learning_rate", "seed"], na_position="first")
+
+
+def _of_role(record: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    return [s for name, s in record["scores"].items() if record["tasks"][name]["role"] == role]
 
 
 def write_rates(records: list[dict[str, Any]], path: Path) -> pd.DataFrame:
     """Write the curves as CSV, scores rounded to what they mean; returns the rates chosen."""
-    table = rates_table(records).round({"score": 3, "loss": 5})
+    table = rates_table(records).round({"score": 3, "loss": 5, "E": 3, "F": 3})
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
     return best_rates(table)

@@ -28,6 +28,7 @@ rule tune:
         records_of(TUNE, f"{HOME}/tune/cells"),
     output:
         table=f"{HOME}/tune/learning_rates.csv",
+        tuning=f"{HOME}/tune/tuning.csv",
         curves=f"{HOME}/tune/curves.svg",
         picture=f"{HOME}/tune/curves.png",
     log:

@@ -1,0 +1,18 @@
+"""Make one curve of a cell under supervision."""
+
+import sys
+from pathlib import Path
+
+from ballast.curve_job import finish_curve
+from ballast.layout import Layout
+
+with open(snakemake.log[0], "w", buffering=1) as log:
+    code = finish_curve(
+        plan=Path(snakemake.resources.plan),
+        cell=snakemake.wildcards.cell,
+        kind=snakemake.wildcards.kind,
+        layout=Layout(Path(snakemake.resources.root), Path("results")),
+        attempt=snakemake.resources.attempt,
+        log=log,
+    )
+sys.exit(code)
