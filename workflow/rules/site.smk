@@ -1,0 +1,31 @@
+# The leaderboard's page, and a page for each cell.
+rule site:
+    input:
+        records=records_of(PLAN, f"{HOME}/cells"),
+    output:
+        f"{HOME}/leaderboard/index.html",
+    log:
+        f"{HOME}/logs/site.log",
+    conda:
+        "../../envs/ballast.yaml"
+    resources:
+        plan=str(PLAN_FILE),
+    params:
+        cells=sorted(PLAN["id"]),
+        protocol=config.get("protocol"),
+    script:
+        "../scripts/site.py"
+
+
+# The same pages from the records that exist, whatever else is missing or stale: trains nothing.
+rule page:
+    log:
+        f"{HOME}/logs/page.log",
+    conda:
+        "../../envs/ballast.yaml"
+    resources:
+        plan=str(PLAN_FILE),
+    params:
+        protocol=config.get("protocol"),
+    script:
+        "../scripts/site.py"
