@@ -24,7 +24,9 @@ OF_A_PLACE: dict[str, Callable[[Place], Figure]] = {
 }
 
 
-def write_figures(places: Sequence[Place], folder: Path) -> list[Path]:
+def write_figures(
+    places: Sequence[Place], folder: Path, kinds: Sequence[str] = KINDS
+) -> list[Path]:
     """Write every figure into `folder`, atomically; the same results give the same bytes with the
     same version of matplotlib.
 
@@ -32,13 +34,13 @@ def write_figures(places: Sequence[Place], folder: Path) -> list[Path]:
     {ranks,difference,forgetting}-BASE-TARGET.{svg,pdf}. Those of an earlier run whose base
     or target is gone are removed. Returns the paths, sorted.
     """
-    written = write_scatter(places, folder)
+    written = write_scatter(places, folder, kinds=(*kinds, "png"))
     curves = learn_forget(places)
-    written += [] if curves is None else save(curves, folder, "curves", KINDS)
+    written += [] if curves is None else save(curves, folder, "curves", kinds)
     names = file_names((p.analysis.base, p.analysis.target) for p in places)
     for place, name in zip(places, names.values(), strict=True):
         for kind, draw in OF_A_PLACE.items():
-            written += save(draw(place), folder, f"{kind}-{name}", KINDS)
+            written += save(draw(place), folder, f"{kind}-{name}", kinds)
     for kind in (*OF_A_PLACE, "curves"):
         for path in folder.glob(f"{kind}*"):
             if path.suffix in (".svg", ".pdf") and path not in written:
@@ -46,6 +48,11 @@ def write_figures(places: Sequence[Place], folder: Path) -> list[Path]:
     return sorted(written)
 
 
-def write_scatter(places: Sequence[Place], folder: Path, name: str = "tradeoff") -> list[Path]:
-    """Write the scatter of every base and target as NAME.svg, NAME.pdf and NAME.png."""
-    return save(scatter(places), folder, name, (*KINDS, "png"))
+def write_scatter(
+    places: Sequence[Place],
+    folder: Path,
+    name: str = "tradeoff",
+    kinds: Sequence[str] = (*KINDS, "png"),
+) -> list[Path]:
+    """Write the scatter of every base and target as NAME.KIND; returns the paths."""
+    return save(scatter(places), folder, name, kinds)

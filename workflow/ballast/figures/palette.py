@@ -71,6 +71,10 @@ def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str]) -> list[
     """Write NAME.KIND for each kind (svg, pdf, png), atomically and without dates."""
     written = []
     with style():
+        if figure.get_layout_engine() is not None:
+            # Once, not for every kind again.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         for kind in kinds:
             written.append(folder / f"{name}.{kind}")
             with replacing(written[-1]) as temporary:
