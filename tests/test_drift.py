@@ -467,6 +467,19 @@ def test_memory_is_bounded_and_what_is_left_out_is_spread(made, monkeypatch):
     assert (found["kl"], found["cka"]) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "roberta"])
+def test_linears_and_layers_may_keep_different_tokens(made, monkeypatch, kind):
+    base, texts, _ = made(kind)  # an encoder's layer gives the very tensor that the next one reads
+    everything = drift.reference(base, texts)
+    monkeypatch.setattr(drift, "INPUTS", 5)
+    some = drift.reference(base, texts)
+    places = passes.spread(texts.tokens, 5)
+    for name, x in everything.inputs.items():
+        assert torch.equal(some.inputs[name], x[places]), name
+    for name, hidden in everything.hidden.items():
+        assert torch.equal(some.hidden[name], hidden)
+
+
 def test_linears_that_read_the_same_share_it(made):
     base, texts, _ = made()
     inputs = drift.reference(base, texts).inputs
