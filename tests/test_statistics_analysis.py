@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from ballast.results import Results
 from ballast.statistics import seeds
@@ -92,6 +93,17 @@ def test_differences_to_the_control_are_those_of_the_pairs(analysis):
         expected = row["O"] - analysis.rows.loc[analysis.control, "O"]
         assert pair["difference"] == pytest.approx(expected)
     assert analysis.rows.loc[analysis.control, ["O.diff", "O.p", "O.p_adjusted"]].isna().all()
+
+
+def test_corrections_are_holm_for_the_control_and_the_base_and_hochberg_for_pairs(analysis):
+    for name in COMPARED:
+        for key in ("p", "p_base"):
+            columns = analysis.rows[[f"{name}.{key}", f"{name}.{key}_adjusted"]].dropna()
+            theirs = multipletests(columns.iloc[:, 0], method="holm")[1]
+            np.testing.assert_allclose(columns.iloc[:, 1], theirs, rtol=1e-9)
+        pairs = analysis.pairs[analysis.pairs["quantity"] == name]
+        theirs = multipletests(pairs["p"], method="fdr_bh")[1]
+        np.testing.assert_allclose(pairs["p_adjusted"], theirs, rtol=1e-9)
 
 
 def test_rank_spans_are_those_of_the_pairs(analysis):

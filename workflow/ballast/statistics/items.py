@@ -121,7 +121,9 @@ def mcnemar_p(a: np.ndarray, b: np.ndarray) -> float:
     return float(mcnemar(table, exact=True).pvalue)
 
 
-def compare_means(parts: list[tuple[float, np.ndarray]], draws: int = 2000, seed: int = 0):
+def compare_means(
+    parts: list[tuple[float, np.ndarray]], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float, float]:
     """Compare two checkpoints on a weighted sum of tasks: (weight, differences [item]) each.
 
     Returns difference, low, high (points) and p: a bootstrap of the items within their tasks, and

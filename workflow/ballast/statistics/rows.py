@@ -66,6 +66,7 @@ class Rows:
         return found
 
     def n_ok(self) -> np.ndarray:
+        """Seeds that are ok, of each row."""
         return (self.place >= 0).sum(axis=1)
 
 
