@@ -31,7 +31,7 @@ from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing, sha256_file
 from ballast.keep import ITEMS, RECORDS, keep_suite
-from ballast.results import ITEM_COLUMNS
+from ballast.items import COLUMNS as ITEM_COLUMNS
 
 FORMAT = 1
 KIND = "ballast results"

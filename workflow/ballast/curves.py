@@ -29,6 +29,8 @@ from ballast.suite import CURVES
 FORMAT = 1
 KINDS = ("trajectory", "rewind")
 SCORE = ("value", "n", "loss")
+# Of a frame of curves, beside score.TASK; share: of the steps, or alpha.
+CURVE_COLUMNS = ("cell", "kind", "share", "step", "alpha", "E", "F", "source_mean", "target_mean")
 
 Curve = dict[str, Any]
 
@@ -199,9 +201,6 @@ def _rows(curve: Curve, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    # Imported late: results reads its curves with this module.
-    from ballast.results import CURVE_COLUMNS
-
     scores = sorted({key for row in rows for key in row} - set(CURVE_COLUMNS))
     frame = pd.DataFrame(rows, columns=[*CURVE_COLUMNS, *scores])
     numbers = [name for name in frame.columns if name not in ("cell", "kind", "step")]

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
     }
 )
 _CELL = pa.field("cell", NAMES)
+COLUMNS = ("cell", *SCHEMA.names)
 _OWN = ["item", "subject", "score", "loss", "form"]
 # Losses and item numbers hardly repeat: a dictionary of them would cost time and space.
 _REPEATED = ["task", "subject", "score", "form", "base_score", "base_form"]

@@ -11,20 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-from ballast.keep import read_kept
+from ballast.community import read_community, revisions
+from ballast.curves import CURVE_COLUMNS, read_curves
+from ballast.items import COLUMNS as ITEM_COLUMNS
+from ballast.items import items_of
+from ballast.keep import read_kept, read_kept_curves
 from ballast.layout import Layout
+from ballast.rates import read_rates
 from ballast.records import scan
 from ballast.tables import tidy
 
 Record = dict[str, Any]
-# Of an item frame. score: 0 to 1; loss: nats per token of the true answer; form: see `churn.FORMS`;
-# base_*: the same of the untouched base.
-ITEM_COLUMNS = (
-    "cell", "task", "item", "subject", "score", "loss", "form", "base_score", "base_loss",
-    "base_form",
-)  # fmt: skip
-# Of a curve frame, beside score.TASK: kind is trajectory or rewind; share: of the steps, or alpha.
-CURVE_COLUMNS = ("cell", "kind", "share", "step", "alpha", "E", "F", "source_mean", "target_mean")
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,26 @@ class Results:
 
 
 def read_results(layout: Layout, suite: str, plan: pd.DataFrame | None) -> Results:
-    """The results of a suite from its folder; plan: its plan, for what is missing or stale."""
+    """The results of a suite from its folder, those merged from other machines beside its own.
+
+    plan: the suite's plan, for what is missing or stale.
+    """
     home = layout.suite(suite)
     records, problems = scan(home / "cells")
+    others, other_items = read_community(home, problems)
+    table = tidy([*records, *others], plan)
+    for cell, label in revisions(records, others).items():
+        table.loc[table["id"] == cell, ["status", "reason"]] = ["unplanned", label]
+    items = items_of(home / "cells", records)
+    curves = read_curves(home, records)
+    problems += items.attrs["problems"] + curves.attrs["problems"]
     return Results(
         suite=suite,
-        table=tidy(records, plan),
-        records={record["id"]: record for record in records},
-        items=pd.DataFrame(columns=ITEM_COLUMNS),
+        table=table,
+        records={record["id"]: record for record in [*records, *others]},
+        items=_joined(items, other_items),
+        curves=curves,
+        rates=_rates(home / "tune" / "learning_rates.csv"),
         folder=home,
         problems=tuple(problems),
     )
@@ -69,9 +78,26 @@ def read_results(layout: Layout, suite: str, plan: pd.DataFrame | None) -> Resul
 def kept_results(folder: Path) -> Results:
     """The results of a kept suite (`snakemake keep`)."""
     records, items = read_kept(folder)
+    curves = read_kept_curves(folder)
+    rest = {} if curves is None else {"curves": curves}
     return Results(
         suite=folder.name,
         table=tidy(records, None),
         records={record["id"]: record for record in records},
         items=items.reindex(columns=ITEM_COLUMNS),
+        rates=_rates(folder / "learning_rates.csv"),
+        **rest,
     )
+
+
+def _joined(own: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Items of both, with ITEM_COLUMNS; names stay categories, as there are millions of items."""
+    own = own.reindex(columns=ITEM_COLUMNS)
+    if others.empty:
+        return own
+    whole = pd.concat([own, others.reindex(columns=ITEM_COLUMNS)], ignore_index=True)
+    return whole.astype(dict.fromkeys(("cell", "task", "subject"), "category"))
+
+
+def _rates(path: Path) -> pd.DataFrame | None:
+    return read_rates(path) if path.is_file() else None

@@ -42,8 +42,8 @@ def tidy(records: Iterable[Record], plan: pd.DataFrame | None = None) -> pd.Data
     """One row per cell, planned or recorded, sorted by base, target, family, method, rank and seed.
 
     status is ok, failed, stale, rescore or missing as in `records.status_of`; or `unplanned`, for a
-    record that the plan does not have (the suite has changed). Without a plan nothing can be
-    missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in the
+    record of our own that the plan does not have (the suite has changed). Without a plan nothing can
+    be missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in the
     task's unit, n.TASK items, dce.TASK the change of its loss in nats per token (positive = worse),
     churn.TASK.KIND counts of items, extra.TASK.NAME and base_extra.TASK.NAME; drift.NAME as in
     `measures`. `tasks` and `hyper` are JSON.
@@ -54,9 +54,9 @@ def tidy(records: Iterable[Record], plan: pd.DataFrame | None = None) -> pd.Data
         for cell in plan.to_dict("records"):
             record = by_id.pop(cell["id"], None)
             rows.append(_planned(cell, record))
-    status = "ok" if plan is None else "unplanned"
     for record in by_id.values():
-        rows.append(_recorded(record, record["status"] if plan is None else status))
+        own = plan is not None and not record.get("origin")
+        rows.append(_recorded(record, "unplanned" if own else record["status"]))
     return _frame(rows)
 
 
