@@ -30,8 +30,8 @@ from ballast.bundle_checks import LIMITS, check_items, check_record
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing, sha256_file
-from ballast.keep import ITEMS, RECORDS, keep_suite
 from ballast.items import COLUMNS as ITEM_COLUMNS
+from ballast.keep import ITEMS, RECORDS, keep_suite
 
 FORMAT = 1
 KIND = "ballast results"

@@ -20,9 +20,9 @@ from ballast.bundle import Bundle, check_origin, read_bundle, write_bundle
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing
+from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.keep import ITEMS, RECORDS
 from ballast.records import validate_record
-from ballast.results import ITEM_COLUMNS
 
 Record = dict[str, Any]
 INCOMING, COMMUNITY = "incoming", "community"

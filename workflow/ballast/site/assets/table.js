@@ -91,7 +91,9 @@ function versusColumns(key) {
 function rowColumns() {
   const all = state.place === "all";
   const numbers = quantityKeys("rows");
-  const one = ["F@", "drift."].map((start) => numbers.find((key) => key.startsWith(start))).filter(Boolean);
+  // A level that few rows reach says little in a column of its own.
+  const often = (key) => 3 * places().reduce((n, place) => n + (place.rows.mean[key] ?? []).filter((v) => v !== null).length, 0) >= places().reduce((n, place) => n + place.rows.n, 0);
+  const one = ["F@", "drift."].map((start) => numbers.find((key) => key.startsWith(start) && often(key))).filter(Boolean);
   const first = new Set([...FIRST, ...FIRST_COSTS, ...one]);
   const ordered = [...FIRST, ...one, ...FIRST_COSTS].filter((key) => numbers.includes(key));
   const more = numbers.filter((key) => !first.has(key));

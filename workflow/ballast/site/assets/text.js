@@ -56,9 +56,10 @@ function latinLetter(c) {
   return code < 0x180 || c === "–" ? c : `{[}U+${code.toString(16).toUpperCase().padStart(4, "0")}{]}`;
 }
 
-// Plotly reads a little HTML in its labels.
+// Plotly reads a little HTML in its labels, and mathematics between dollars.
 function plotText(value) {
-  return oneLine(value).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const text = oneLine(value).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  return text.replaceAll("$", "&#36;");
 }
 
 const SPACE = "\u202f";

@@ -81,11 +81,11 @@ function columnChooser() {
       change({ cols: joined(usual) === joined(asked) ? "" : joined(asked.map(encodeURIComponent)) });
     };
     menu.replaceChildren(el("button", { type: "button", text: "Usual columns", onclick: () => { box.open = false; change({ cols: "" }); } }),
-      [...groups].map(([group, members]) => [el("h4", { text: group }), members.map((column) => {
+      ...[...groups].flatMap(([group, members]) => [el("h4", { text: group }), ...members.map((column) => {
         const tick = el("input", { type: "checkbox", "data-column": column.key, onchange: (event) => pick(column.key, event.target.checked) });
         tick.checked = now.has(column.key);
         return el("label", { title: column.help }, tick, column.title || column.key);
-      })]).flat());
+      })]));
   });
   return box;
 }
