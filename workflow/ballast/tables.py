@@ -43,10 +43,10 @@ def tidy(records: Iterable[Record], plan: pd.DataFrame | None = None) -> pd.Data
 
     status is ok, failed, stale, rescore or missing as in `records.status_of`; or `unplanned`, for a
     record of our own that the plan does not have (the suite has changed). Without a plan nothing
-    can be missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in the
-    task's unit, n.TASK items, dce.TASK the change of its loss in nats per token (positive = worse),
-    churn.TASK.KIND counts of items, extra.TASK.NAME and base_extra.TASK.NAME; drift.NAME as in
-    `measures`. `tasks` and `hyper` are JSON.
+    can be missing or stale. Task columns (TASK stands for its name): score.TASK and base.TASK in
+    the task's unit, n.TASK items, dce.TASK the change of its loss in nats per token (positive =
+    worse), churn.TASK.KIND counts of items, extra.TASK.NAME and base_extra.TASK.NAME; drift.NAME as
+    in `measures`. `tasks` and `hyper` are JSON.
     """
     by_id = {record["id"]: record for record in records}
     rows = []
