@@ -181,6 +181,12 @@ def test_paired_bootstrap_is_scipys(draw):
     assert (low, high) == pytest.approx((100 * interval.low, 100 * interval.high), abs=1.0)
 
 
+def test_paired_bootstrap_weighs_its_tasks(draw):
+    d = draw.normal(0.1, 1, 60)
+    whole, part = (items.bootstrap_difference([(weight, d)]) for weight in (1.0, 0.25))
+    assert part == pytest.approx([bound / 4 for bound in whole])
+
+
 def test_two_checkpoints_over_tasks_use_welchs_degrees_of_freedom(draw):
     one, two = draw.normal(0.2, 1, 30), draw.normal(-0.1, 2, 50)
     theirs = stats.ttest_ind(one, -two, equal_var=False)  # the difference is the sum of both
