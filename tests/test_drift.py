@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -553,6 +554,12 @@ def test_stored_names_may_differ_and_like_layers_are_told_apart(tmp_path):
         mark = stored.fingerprint(found.bfloat16())
         again = held.weight(f"model.layers.{i}.q.weight", mark, like)
         assert torch.equal(again, found.bfloat16())
+    twins = {name: torch.zeros(16, 16) for name in ("a.layers.5.q.weight", "b.layers.6.q.weight")}
+    twins["b.layers.6.q.weight"][0, 1] = 1  # not one of the entries that are marked
+    save_file(twins, tmp_path / "model-00003-of-00002.safetensors")
+    mark = stored.fingerprint(torch.zeros(16, 16))
+    found = stored.StoredWeights(tmp_path).weight("m.layers.6.q.weight", mark, torch.zeros(16, 16))
+    assert found[0, 1] == 1  # the name decides
     odd = weights["shuffled.q.weight"]
     mark = stored.fingerprint(odd)
     assert torch.equal(held.weight("model.layers.7.q.weight", mark, odd), odd)
@@ -565,6 +572,7 @@ def word_level() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(50)), "<image>"]
     inner = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
@@ -622,7 +630,7 @@ def test_questions_stand_in_with_their_answers_and_targets_never_do(world):
     base, folders, entries = world(
         "llama",
         {
-            "a": ("upstream", [asked("<bos> w1 w2", "w3 w4"), asked("<bos> w5", "w6")]),
+            "a": ("upstream", [asked("<bos> w1 w2", "w3 w4"), asked("w5", "w6")]),
             "b": ("upstream", [asked("<bos> w7", "w8")]),
             "p": ("probe", [asked("<bos> w20", "w21")]),
             "t": ("target", [asked("<bos> w9", "w10")]),

@@ -165,6 +165,9 @@ def test_a_base_that_knows_all_has_no_headroom_and_one_that_knows_nothing_no_ret
     for task in ("facts", "sums"):
         made["base_scores"][task]["value"] = 0.1
     assert derived(made)["retention"] is None  # within 0.13, the error of the mean of two tasks
+    for task in ("facts", "sums"):
+        made["base_scores"][task]["value"] = 0.2
+    assert derived(made)["retention"] is not None  # beyond 0.18; of one task it were 0.26
 
 
 # Predictions
