@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
@@ -36,19 +37,21 @@ def place_labels(axes: Axes, items: Sequence[dict[str, Any]], fontsize: float = 
     obstacles += [
         text.get_window_extent(renderer).extents for text in axes.texts if text.get_bbox_patch()
     ]
-    drawn = _segments(axes)
+    crowd, paths = np.array(obstacles).reshape(-1, 4), np.array(_segments(axes)).reshape(-1, 4)
     named = [i for i, item in enumerate(items) if item["text"]]
     taken: list[Box] = []
     leaders: list[tuple[float, float, float, float]] = []
     places: dict[int, tuple[Box, float]] = {}
     for i in sorted(named, key=lambda i: (-_crowd(spots, i), i)):
         best = None
+        reach = max(sizes[i]) + (items[i]["radius"] + DISTANCES[-1]) * scale
+        beside, lines = _near(crowd, spots[i], reach), _near(paths, spots[i], reach)
         for box, distance in _candidates(spots[i], sizes[i], items[i]["radius"] * scale, scale):
             cost = distance / scale / 8
             if best is not None and cost >= best[0]:
                 break
-            cost += _cost(box, spots[i], taken, obstacles, leaders, frame)
-            cost += 2.5 * sum(_crosses(line, box) for line in drawn)
+            cost += _cost(box, spots[i], taken, beside, leaders, frame)
+            cost += 2.5 * sum(_crosses(line, box) for line in lines)
             if best is None or cost < best[0] - 1e-9:
                 best = (cost, box, distance)
         assert best is not None
@@ -57,6 +60,15 @@ def place_labels(axes: Axes, items: Sequence[dict[str, Any]], fontsize: float = 
         leaders.append((*spots[i], *_nearest(best[1], spots[i])))
     for i, (box, distance) in sorted(places.items()):
         _write(axes, items[i], box, distance > 8 * scale, fontsize)
+
+
+def _near(boxes: np.ndarray, spot: Any, reach: float) -> list[Any]:
+    """Those of many boxes or segments ([n, 4]: two corners each) that come within reach."""
+    low, high = np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
+    inside = (low <= np.add(spot, reach)).all(axis=1) & (high >= np.subtract(spot, reach)).all(
+        axis=1
+    )
+    return boxes[inside].tolist()
 
 
 def _segments(axes: Axes) -> list[Any]:
