@@ -9,8 +9,10 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/bases.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/curves.smk"
 include: "workflow/rules/tune.smk"
 include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/merge.smk"
 
 
 rule all:

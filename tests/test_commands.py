@@ -400,6 +400,11 @@ def test_samples_gained_and_lost(results, run, tmp_path):
     words = ("show", one["id"], "--results", tmp_path / "tiny", "--json", "--samples")
     assert len(strict(run(*words, "4"))["shown"][0]["samples"]["codes"]["gained"]) == 4
     assert strict(run(*words, "0"))["shown"][0]["samples"] == {}
+    kept = keep_fake(results, tmp_path / "kept")
+    row = {"cell": one["id"], "task": "codes", "kind": "forgotten", "entry": json.dumps(entry)}
+    pd.DataFrame([row]).to_parquet(kept / "changes.parquet")
+    (shown,) = strict(run("show", one["id"], "--results", kept, "--json"))["shown"]
+    assert shown["samples"] == {"codes": {"gained": [], "forgotten": [entry]}}
 
 
 # recommend.

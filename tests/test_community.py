@@ -20,9 +20,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ballast import bundle, bundle_checks
+from ballast import bundle, bundle_checks, bundle_tables
 from ballast.bundle import read_bundle, write_bundle
-from ballast.community import merge, pack, read_community, revisions
+from ballast.community import (
+    merge,
+    pack,
+    read_community,
+    read_community_changes,
+    revisions,
+)
 from ballast.control import normalised
 from ballast.errors import DataError
 from ballast.files import sha256_file
@@ -281,6 +287,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
     ),
     "column": (with_items(lambda t: t.assign(evil=1)), "'evil' is not expected"),
     "no column": (with_items(lambda t: t.drop(columns="task")), "task is missing"),
+    "changes": (lambda m: m.update({"changes.parquet": b"x"}), "does not name it"),
     "no parquet": (lambda m: m.update({"items.parquet": b"PAR1 no"}), "parquet"),
     "format": (with_manifest(format=2), "manifest.json.format"),
     "kind": (with_manifest(kind="x"), "manifest.json.kind"),
@@ -312,6 +319,53 @@ def test_refused(exact, suite, tmp_path, name):
     assert len(line) < 450
     assert line.isprintable()
     assert not (suite / "community").exists()
+
+
+ENTRY = {"item": 3, "question": "q", "reference": "r", "before": "b", "after": "<b>"}
+
+
+def with_changes(results: Results, folder: Path, **other: Any) -> Path:
+    """The kept suite with one changed answer."""
+    row = {"cell": next(iter(results.records)), "task": "codes", "kind": "gained"}
+    row |= {"entry": json.dumps(ENTRY)} | other
+    keep_fake(results, folder)
+    pd.DataFrame([row]).to_parquet(folder / "changes.parquet", index=False)
+    return folder
+
+
+def test_changed_answers_go_with_their_records(results, tmp_path):
+    from ballast.keep import read_kept_changes
+
+    kept = with_changes(results, tmp_path / "kept" / SUITE)
+    pack(kept, tmp_path / "x.zip", "lab")
+    assert read_community_changes(tmp_path / SUITE).empty
+    merge(tmp_path / "x.zip", tmp_path / SUITE)
+    (found,) = read_community_changes(tmp_path / SUITE).to_dict("records")
+    (own,) = read_kept_changes(kept).to_dict("records")
+    assert found == own | {"cell": f"lab:{own['cell']}"}
+    assert found["entry"] == ENTRY
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"cell": "other"}, "no record has such a task"),
+        ({"task": "other"}, "no record has such a task"),
+        ({"kind": "lost"}, "gained or forgotten"),
+        ({"entry": "[]"}, "an entry has item"),
+        ({"entry": "{"}, "not a bundle"),
+        ({"entry": json.dumps(ENTRY | {"more": 1})}, "an entry has item"),
+        ({"entry": json.dumps(ENTRY | {"after": 3})}, "four texts"),
+        ({"entry": json.dumps(ENTRY | {"after": "x" * 20_000})}, "too many characters"),
+        ({"entry": json.dumps(ENTRY | {"after": "\ud800"})}, "not a bundle"),
+        ({"entry": 3}, "are texts"),
+        ({"evil": "x"}, "'evil' is not expected"),
+    ],
+)
+def test_changed_answers_that_are_refused(results, tmp_path, other, said):
+    with pytest.raises(DataError, match=said):
+        pack(with_changes(results, tmp_path / SUITE, **other), tmp_path / "x.zip", "lab")
+    assert not (tmp_path / "x.zip").exists()
 
 
 def test_tampered_bytes_are_refused(good, suite, tmp_path):
@@ -393,7 +447,7 @@ def test_a_linked_file_and_a_folder_are_refused(good, suite):
 )
 def test_size_limits(good, suite, monkeypatch, limit, value, said):
     small = bundle_checks.Limits(**{limit: value})
-    for module in (bundle, bundle_checks):
+    for module in (bundle, bundle_checks, bundle_tables):
         monkeypatch.setattr(module, "LIMITS", small)
     (line,) = merge(good, suite).refused
     assert said in line
@@ -427,7 +481,7 @@ def test_a_parquet_that_repeats_a_text_is_refused_by_its_rows(good, suite, tmp_p
 
     file = rewrite(good, tmp_path / "x.zip", apply)
     assert file.stat().st_size < 1_000_000  # of six gigabytes of text
-    monkeypatch.setattr(bundle, "LIMITS", bundle_checks.Limits(items=2_000_000))
+    monkeypatch.setattr(bundle_tables, "LIMITS", bundle_checks.Limits(items=2_000_000))
     assert "3,000,000 rows" in merge(file, suite).refused[0]
 
 

@@ -14,7 +14,6 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import file_digest
 from importlib.metadata import version
@@ -24,14 +23,13 @@ from typing import Any
 import jsonschema
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ballast.bundle_checks import LIMITS, check_items, check_record
+from ballast.bundle_checks import LIMITS, check_changes, check_items, check_record
+from ballast.bundle_tables import read_changes, read_items, read_records
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing, sha256_file
-from ballast.items import COLUMNS as ITEM_COLUMNS
-from ballast.keep import ITEMS, RECORDS, keep_suite
+from ballast.keep import CHANGES, ITEMS, RECORDS, keep_suite
 
 FORMAT = 1
 KIND = "ballast results"
@@ -39,6 +37,7 @@ MANIFEST = "manifest.json"
 # \Z, as $ would let a line break pass at the end.
 ORIGIN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"
 MEMBERS = (RECORDS, ITEMS)
+OPTIONAL = (CHANGES,)
 HARDWARE = ("device", "processor", "platform", "threads")
 Record = dict[str, Any]
 
@@ -66,7 +65,7 @@ SCHEMA = {
             "type": "object",
             "required": list(MEMBERS),
             "additionalProperties": False,
-            "properties": dict.fromkeys(MEMBERS, _MEMBER),
+            "properties": dict.fromkeys((*MEMBERS, *OPTIONAL), _MEMBER),
         },
         "hardware": {"type": "array", "maxItems": 1000, "items": {"type": "object"}},
     },
@@ -75,12 +74,14 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a checked bundle holds: records by id, as they were sent, and the scores of items."""
+    """What a checked bundle holds: records by id, as they were sent; the items (COLUMNS of
+    `items`); some of their changed answers (CHANGE_COLUMNS of `bundle_tables`; entry is JSON)."""
 
     origin: str
     suite: str
     records: dict[str, Record]
     items: pd.DataFrame
+    changes: pd.DataFrame
 
 
 def check_origin(origin: str) -> str:
@@ -105,7 +106,7 @@ def write_bundle(suite: Path, file: Path, origin: str) -> int:
         if not (suite / RECORDS).is_file():
             folder = Path(place)
             keep_suite(suite, folder)
-        records = list(_read_records(folder / RECORDS))
+        records = list(read_records(folder / RECORDS))
         names = {record["identity"]["suite"] for record in records}
         if len(names) != 1:
             raise DataError(f"{suite}: records of {len(names)} suites; a bundle has those of one")
@@ -116,7 +117,11 @@ def write_bundle(suite: Path, file: Path, origin: str) -> int:
             "suite": names.pop(),
             "ballast": version("ballast"),
             "records": len(records),
-            "members": {name: _fingerprint(folder / name) for name in MEMBERS},
+            "members": {
+                name: _fingerprint(folder / name)
+                for name in (*MEMBERS, *OPTIONAL)
+                if name in MEMBERS or (folder / name).is_file()
+            },
             "hardware": _hardware(records),
         }
         with replacing(file) as temporary:
@@ -139,7 +144,7 @@ def _write_zip(path: Path, manifest: dict[str, Any], folder: Path) -> None:
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_entry(MANIFEST), text.encode())
-        for name in MEMBERS:
+        for name in manifest["members"]:
             # Parquet is compressed already.
             archive.writestr(_entry(name, zipfile.ZIP_STORED), (folder / name).read_bytes())
 
@@ -179,16 +184,22 @@ def _read(file: Path) -> Bundle:
     with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as place:
         entries = _entries(archive)
         manifest = _manifest(archive, entries[MANIFEST])
-        for name in MEMBERS:
+        if unnamed := sorted(set(entries) - {MANIFEST, *manifest["members"]}):
+            raise DataError(f"{unnamed[0]}: its manifest does not name it")
+        for name in manifest["members"]:
+            if name not in entries:
+                raise DataError(f"without {name}")
             _unpack(archive, entries[name], manifest["members"][name], Path(place) / name)
-        records = {r["id"]: r for r in _read_records(Path(place) / RECORDS)}
+        records = {r["id"]: r for r in read_records(Path(place) / RECORDS)}
         if len(records) != manifest["records"]:
             raise DataError(f"{len(records)} records; its manifest says {manifest['records']}")
         for record in records.values():
             check_record(record, manifest["origin"], manifest["suite"])
-        items = _read_items(Path(place) / ITEMS)
+        items = read_items(Path(place) / ITEMS)
+        changes = read_changes(Path(place) / CHANGES)
     check_items(items, records)
-    return Bundle(manifest["origin"], manifest["suite"], records, items)
+    check_changes(changes, records)
+    return Bundle(manifest["origin"], manifest["suite"], records, items, changes)
 
 
 def _check_end(file: Path) -> None:
@@ -209,8 +220,9 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     names = [entry.orig_filename for entry in entries]
     expected = {MANIFEST, *MEMBERS}
     for name in names:
-        if name not in expected or names.count(name) > 1:
-            why = "twice" if name in expected else "not a member of a bundle"
+        known = name in expected or name in OPTIONAL
+        if not known or names.count(name) > 1:
+            why = "twice" if known else "not a member of a bundle"
             raise DataError(f"{shorten(one_line(name), 100)!r}: {why}")
     if missing := sorted(expected - set(names)):
         raise DataError(f"without {', '.join(missing)}")
@@ -250,46 +262,3 @@ def _unpack(
         target.seek(0)
         if file_digest(target, "sha256").hexdigest() != said["sha256"]:
             raise DataError(f"{entry.filename}: its hash is not the manifest's")
-
-
-def _open(path: Path, texts: list[str], columns: set[str], most: int) -> pq.ParquetFile:
-    """A parquet file whose schema and claimed size are within what is allowed.
-
-    Repeated text stays a dictionary, or a small file could fill the memory.
-    """
-    meta = pq.read_metadata(path)
-    names = meta.schema.names
-    if len(set(names)) < len(names) or not set(names) <= columns:
-        extra = sorted(set(names) - columns) or names
-        raise DataError(f"{path.name}: column {_short(extra[0])!r} is not expected")
-    if meta.num_rows > most:
-        raise DataError(f"{path.name}: {meta.num_rows:,} rows; at most {most:,}")
-    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-    if size > LIMITS.unpacked:
-        raise DataError(f"{path.name}: {size:,} bytes unpacked; at most {LIMITS.unpacked:,}")
-    return pq.ParquetFile(path, read_dictionary=[name for name in texts if name in names])
-
-
-def _read_records(path: Path) -> Iterator[Record]:
-    """Every record of records.parquet. Raises DataError where an id or a size is not right."""
-    table = _open(path, ["id", "record"], {"id", "record"}, LIMITS.records)
-    total, seen = 0, set()
-    for batch in table.iter_batches(batch_size=64):
-        for row in range(batch.num_rows):
-            text, name = (batch.column(c)[row].as_py() for c in ("record", "id"))
-            if not isinstance(text, str) or not isinstance(name, str):
-                raise DataError(f"{path.name}: id and record are texts")
-            total += len(text)
-            if len(text) > LIMITS.record or total > LIMITS.texts:
-                raise DataError(f"{path.name}: records of too many characters")
-            record = json.loads(text)
-            if not isinstance(record, dict) or record.get("id") != name or name in seen:
-                raise DataError(f"{path.name}: {_short(name)!r} is twice, or not its record's id")
-            seen.add(name)
-            yield record
-
-
-def _read_items(path: Path) -> pd.DataFrame:
-    texts = ["cell", "task", "subject"]
-    table = _open(path, texts, set(ITEM_COLUMNS), LIMITS.items)
-    return table.read().to_pandas()

@@ -25,7 +25,8 @@ class Limits:
 
     file: the bundle; unpacked: all its members; manifest; record, texts: one record and all of
     them; values: in one record; names: measurements and tasks of a record, which become columns;
-    name: a title; identity: what "ORIGIN:" leaves of an id's 255 characters.
+    changes, entry: changed answers, and one of them; name: a title; identity: what "ORIGIN:" leaves
+    of an id's 255 characters.
     """
 
     file: int = 256 * 2**20
@@ -35,6 +36,8 @@ class Limits:
     texts: int = 2**28
     records: int = 20_000
     items: int = 50_000_000
+    changes: int = 200_000
+    entry: int = 10_000
     values: int = 20_000
     names: int = 500
     name: int = 200
@@ -160,3 +163,23 @@ def _check_group(
     averaged = facts["metric"] in MEANS and facts["unit"] == "points"
     if averaged and abs(100 * mean - score["value"]) > 0.01:
         raise DataError(f"{where}: mean {100 * mean:.2f}, but the record's score is otherwise")
+
+
+_TEXTS = ("question", "reference", "before", "after")
+
+
+def check_changes(changes: pd.DataFrame, records: dict[str, Record]) -> None:
+    """Raise DataError unless every changed answer is of a record's task and made of short texts."""
+    for row in changes.to_dict("records"):
+        record = records.get(row.get("cell"))
+        if record is None or row.get("task") not in record["tasks"]:
+            raise DataError("changes.parquet: no record has such a task")
+        if row.get("kind") not in ("gained", "forgotten"):
+            raise DataError("changes.parquet: kind is gained or forgotten")
+        entry = json.loads(row["entry"]) if isinstance(row.get("entry"), str) else None
+        if not isinstance(entry, dict) or set(entry) != {"item", *_TEXTS}:
+            raise DataError(f"changes.parquet: an entry has item, {', '.join(_TEXTS)}")
+        if type(entry["item"]) is not int or not all(isinstance(entry[k], str) for k in _TEXTS):
+            raise DataError("changes.parquet: an entry has a number and four texts")
+        row["entry"].encode()
+        json.dumps(entry, ensure_ascii=False).encode()

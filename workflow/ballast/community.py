@@ -1,15 +1,15 @@
 """Results from other machines: packed there, merged here beside our own, never among them.
 
 `results/SUITE/incoming/` takes bundles; `results/SUITE/community/ORIGIN/` holds what was merged:
-records.parquet and items.parquet, as `keep` writes them. A record that is there stays as it is,
-whatever comes later. Read back, ids are `ORIGIN:ID`, so that rows of another origin stay rows of
-their own in every table.
+records.parquet, items.parquet and, if there are any, changes.parquet, as `keep` writes them. A
+record that is there stays as it is, whatever comes later. Read back, ids are `ORIGIN:ID`, so that
+rows of another origin stay rows of their own in every table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import pandas as pd
 
 from ballast.bundle import Bundle, check_origin, read_bundle, write_bundle
+from ballast.bundle_tables import CHANGE_COLUMNS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing
 from ballast.items import COLUMNS as ITEM_COLUMNS
-from ballast.keep import ITEMS, RECORDS
+from ballast.keep import CHANGES, ITEMS, RECORDS
 from ballast.records import validate_record
 
 Record = dict[str, Any]
@@ -98,6 +99,9 @@ def _take(bundle: Bundle, community: Path, report: Report) -> list[str]:
         counts[bundle.origin] = counts.get(bundle.origin, 0) + count
     if new:
         extra = bundle.items[bundle.items["cell"].isin(new)]
+        changes = bundle.changes[bundle.changes["cell"].isin(new)]
+        if len(changes):
+            _write(pd.concat([_changes(folder, records), changes]), folder / CHANGES)
         _write_origin(folder, records | new, _joined(items, extra))
     return refused
 
@@ -163,8 +167,34 @@ def _write_origin(folder: Path, records: dict[str, Record], items: pd.DataFrame)
     texts = [json.dumps(records[name], ensure_ascii=False, allow_nan=False) for name in names]
     tables = {ITEMS: items, RECORDS: pd.DataFrame({"id": names, "record": texts})}
     for name, table in tables.items():
-        with replacing(folder / name) as temporary:
-            table.to_parquet(temporary, index=False, compression="zstd")
+        _write(table, folder / name)
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
+
+
+def _changes(folder: Path, records: Collection[str]) -> pd.DataFrame:
+    """Changed answers merged from one origin; those of cells without a record are left out."""
+    if not (folder / CHANGES).is_file():
+        return pd.DataFrame(columns=list(CHANGE_COLUMNS), dtype=object)
+    found = pd.read_parquet(folder / CHANGES, columns=list(CHANGE_COLUMNS))
+    return found[found["cell"].isin(records)].astype(object)
+
+
+def read_community_changes(suite: Path) -> pd.DataFrame:
+    """Changed answers merged into a suite, as `keep.read_kept_changes` gives them; cells are
+    `ORIGIN:ID`. Raises DataError if a file is damaged."""
+    home = suite / COMMUNITY
+    folders = sorted(p for p in home.iterdir() if p.is_dir()) if home.is_dir() else []
+    frames = [pd.DataFrame(columns=list(CHANGE_COLUMNS), dtype=object)]
+    for folder in folders:
+        records, _ = _read_origin(folder)
+        found = _changes(folder, records)
+        entries = [json.loads(text) for text in found["entry"]]
+        frames.append(found.assign(cell=folder.name + ":" + found["cell"], entry=entries))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _read_origin(folder: Path) -> tuple[dict[str, Record], pd.DataFrame]:

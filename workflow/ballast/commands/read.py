@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ballast.commands.options import JsonOption, ResultsOption, SuiteOption, opened
+from ballast.layout import Layout
 
 BaseOption = Annotated[str | None, typer.Option("--base", help="Of this base.")]
 TargetOption = Annotated[str | None, typer.Option("--target", help="Tuned on this target.")]
@@ -53,8 +54,11 @@ def show(
     from ballast.commands.screen import Screen, print_json
     from ballast.commands.show import describe
     from ballast.commands.show_text import show_described
+    from ballast.commands.source import kept_folder
 
-    found = describe(opened(suite, results), name, base, target, samples)
+    read = opened(suite, results)
+    kept = kept_folder(suite, results, Layout.here())
+    found = describe(read, name, base, target, samples, kept)
     if json:
         print_json(found)
     else:

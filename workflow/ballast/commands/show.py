@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ballast.commands.source import Named, at_place, chosen_places, find
+from ballast.community import read_community_changes
 from ballast.files import read_json
+from ballast.items import CHANGES
+from ballast.keep import read_kept_changes
 from ballast.notes import row_name
 from ballast.results import Results
 from ballast.statistics.analysis import COMPARED, analyse
@@ -20,7 +24,6 @@ COSTS = (
     "first_step_seconds", "seconds.train", "seconds.evaluate", "seconds.total", "memory_mb.train",
     "memory_mb.evaluate",
 )  # fmt: skip
-CHANGES = "changes.json"
 
 
 def describe(
@@ -29,15 +32,17 @@ def describe(
     base: str | None = None,
     target: str | None = None,
     samples: int = 3,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """What `name` stands for: one cell, or a row in every base and target that has it.
 
-    samples: how many gained and how many lost items of each task are given, where they are kept.
+    samples: how many gained and how many lost items of each task are given, where they are kept;
+    kept: the folder of a kept suite, which has some.
     """
     named = find(results, name)
     places = chosen_places([n.place for n in named], base, target)
     here = [n for n in named if n.place in places]
-    found = [_cell(results, n, samples) if n.cell else _row(results, n) for n in here]
+    found = [_cell(results, n, samples, kept) if n.cell else _row(results, n) for n in here]
     return {"format": 1, "command": "show", "suite": results.suite, "shown": found}
 
 
@@ -46,7 +51,7 @@ def _identity(row: pd.Series) -> dict[str, Any]:
     return {"name": row_name(row), **{key: row[key] for key in keys}}
 
 
-def _cell(results: Results, named: Named, samples: int) -> dict[str, Any]:
+def _cell(results: Results, named: Named, samples: int, kept: Path | None) -> dict[str, Any]:
     row = results.table.set_index("id", drop=False).loc[named.cell]
     record = results.records.get(named.cell)
     found = {
@@ -71,7 +76,7 @@ def _cell(results: Results, named: Named, samples: int) -> dict[str, Any]:
     }
     if record is not None:
         found["tasks"] = _tasks(row, record)
-        found["samples"] = _samples(results, named.cell, samples)
+        found["samples"] = _first(_changed(results, named.cell, kept), samples)
     return found
 
 
@@ -136,18 +141,33 @@ def _tasks(row: pd.Series, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _samples(results: Results, cell: str, most: int) -> dict[str, Any]:
-    """Items gained and forgotten, by task, as the cell's folder or the kept suite has them."""
-    if results.folder is None or most == 0:
+def _changed(results: Results, cell: str, kept: Path | None) -> dict[str, dict[str, list[Any]]]:
+    """Items gained and forgotten, by task and kind, wherever they are stored."""
+    if results.folder is not None:
+        path = results.folder / "cells" / cell / CHANGES
+        if path.is_file():
+            return read_json(path)
+        if ":" not in cell:
+            return {}
+        table = read_community_changes(results.folder)
+    elif kept is not None:
+        table = read_kept_changes(kept)
+    else:
         return {}
-    path = results.folder / "cells" / cell / CHANGES
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    return {
-        task: {kind: entries[:most] for kind, entries in lists.items() if isinstance(entries, list)}
-        for task, lists in found.items()
+    found: dict[str, dict[str, list[Any]]] = {}
+    mine = table[table["cell"] == cell]
+    for task, kind, entry in mine[["task", "kind", "entry"]].itertuples(index=False):
+        found.setdefault(task, {}).setdefault(kind, []).append(entry)
+    return found
+
+
+def _first(changes: dict[str, dict[str, list[Any]]], most: int) -> dict[str, Any]:
+    kinds = ("gained", "forgotten")
+    found = {
+        task: {kind: lists.get(kind, [])[:most] for kind in kinds}
+        for task, lists in changes.items()
     }
+    return {task: lists for task, lists in found.items() if any(lists.values())}
 
 
 def _row(results: Results, named: Named) -> dict[str, Any]:

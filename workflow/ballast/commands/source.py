@@ -31,20 +31,30 @@ def open_results(suite: Path | None, folder: Path | None, layout: Layout) -> Res
     """
     if suite is not None and folder is not None:
         raise DataError("--suite and --results: give one of them")
+    kept = kept_folder(suite, folder, layout)
+    if kept is not None:
+        return _checked(kept_results(kept), f"{kept}")
     if folder is not None:
         return _checked(_of_folder(folder, layout), f"{folder}")
     path = suite or SUITE
     config = read_config(path)
-    home, kept = layout.suite(config["suite"]), layout.results / "kept" / config["suite"]
-    if not any(home.glob("cells/*/run.json")) and (kept / RECORDS).is_file():
-        return _checked(kept_results(kept), f"{kept}")
+    home = layout.suite(config["suite"])
     plan = _plan(config, layout, path.parent)
     return _checked(read_results(layout, config["suite"], plan), f"{home} (of {path})")
 
 
+def kept_folder(suite: Path | None, folder: Path | None, layout: Layout) -> Path | None:
+    """The folder of the kept suite that `open_results` reads; None if it reads a run's folder."""
+    if folder is not None:
+        return folder if (folder / RECORDS).is_file() else None
+    name = read_config(suite or SUITE)["suite"]
+    if any(layout.suite(name).glob("cells/*/run.json")):
+        return None
+    kept = layout.results / "kept" / name
+    return kept if (kept / RECORDS).is_file() else None
+
+
 def _of_folder(folder: Path, layout: Layout) -> Results:
-    if (folder / RECORDS).is_file():
-        return kept_results(folder)
     if (folder / "cells").is_dir():
         name = folder.resolve().name
         return read_results(Layout(layout.root, folder.resolve().parent), name, None)
