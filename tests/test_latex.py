@@ -95,6 +95,13 @@ def test_marks_are_superscripts_with_a_note() -> None:
     assert "Benjamini and Hochberg" in notes
 
 
+def test_a_line_parts_families_and_the_untouched_base() -> None:
+    (place,) = output.places_of(fake_results(6, (2, 8), 2, 10))
+    table = next(t for t in output.tables_of(place) if t.name == "tradeoff")
+    families = len({row["family"] for row in place.rows.values()})
+    assert render.latex(table, place.title).count(r"\midrule") == 1 + families
+
+
 def test_a_minus_is_a_minus() -> None:
     (place,) = output.places_of(fake_results(3, (2,), 2, 20))
     table = next(t for t in output.tables_of(place) if t.name == "tradeoff")

@@ -260,6 +260,8 @@ def test_churn_by_subject() -> None:
     table = details.churn_tables(place_of([found]))[2]
     assert [column.header for column in table.columns[3:]] == ["a|b", "c"]
     assert table.rows[0][3].text == "25.0 / 0.0"
+    # Items of a subject are items of the task, not further ones.
+    assert details.churn_tables(place_of([found]))[0].rows[0][3].text == "4"
     # Records made before forms were known have no share of them.
     assert {cell.text for cell in details.churn_tables(place_of([found]))[0].rows[0][-2:]} == {"–"}
 
