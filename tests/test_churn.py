@@ -344,6 +344,7 @@ def test_kept_changes_stay_within_their_bytes(cells, tmp_path, monkeypatch):
     keep.keep_suite(folder.parent, tmp_path / "some")
     some, whole = (keep.read_kept_changes(tmp_path / name) for name in ("some", "all"))
     assert 0 < len(some) < len(whole)
+    assert some.groupby(["cell", "task", "kind"]).size().max() in keep.ENTRIES
     assert (tmp_path / "some" / keep.CHANGES).stat().st_size < size
     for _, part in whole.groupby(["cell", "task", "kind"]):
         kept = some.merge(part[["cell", "task", "kind"]].head(1))["entry"].tolist()
