@@ -67,15 +67,13 @@ def at_equal_specialization(
     """
     rows = rows_of(results.table, base, target)
     curves = _one_each(results.curves, rows.cells["id"])
-    placed = np.zeros(len(rows.cells), dtype=bool)
-    placed[rows.place[rows.place >= 0]] = True
     has = rows.cells["id"].isin(set(curves["cell"])).to_numpy(bool)
     ends = {name: rows.cells[name].to_numpy(dtype=float, na_value=np.nan) for name in ("E", "F")}
     data: dict[str, np.ndarray] = {}
     for level in levels_of(results, base, target) if levels is None else levels:
         on_curve = rows.cells["id"].map(crossings(curves, level)).to_numpy(dtype=float)
         f = np.where(has, on_curve, np.where(ends["E"] == level, ends["F"], np.nan))
-        known = placed & (has | (ends["E"] <= level))
+        known = has | (ends["E"] <= level)
         spread = t_interval(rows.arrange(f))
         count = np.nansum(rows.arrange(known.astype(float)), axis=1)
         data |= {

@@ -17,7 +17,7 @@ from ballast import tradeoff
 from ballast.files import key_of, replacing
 from ballast.plan import COLUMNS
 from ballast.rates import COLUMNS as RATE_COLUMNS
-from ballast.rates import EXTRA, KEYS, best_rates
+from ballast.rates import EXTRA, KEYS, best_rates, tuning_table
 from ballast.suite import Suite
 
 # learning_rate_source of a cell of the grid; the second is the grid's start.
@@ -117,3 +117,10 @@ def write_rates(records: list[dict[str, Any]], path: Path) -> pd.DataFrame:
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
     return best_rates(table)
+
+
+def write_tuning(rates: pd.DataFrame, path: Path) -> None:
+    """Write what tuning gave each method (`rates.tuning_table`) as CSV, points rounded."""
+    points = dict.fromkeys(("default", "tuned", "gain", "sensitivity", "F.default", "F.tuned"), 3)
+    with replacing(path) as temporary:
+        tuning_table(rates).round(points).to_csv(temporary, index=False, lineterminator="\n")
