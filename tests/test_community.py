@@ -275,6 +275,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
     "deep": (with_records(lambda r: ["[" * 100_000] * len(r)), "not a bundle"),
     "no object": (with_records(lambda r: ["3"] * len(r)), "not its record's id"),
     "item twice": (with_items(lambda t: pd.concat([t, t.iloc[:1]])), "items"),
+    "item for another": (
+        with_items(lambda t: t.assign(item=t["item"].replace(1, 0))), "19 different items of 20",
+    ),
     "item gone": (with_items(lambda t: t.iloc[1:]), "its record has 20"),
     "score": (with_items(lambda t: t.assign(score=2.0)), "score is not in 0 to 1"),
     "score NaN": (with_items(lambda t: t.assign(score=np.nan)), "score is missing"),

@@ -157,7 +157,7 @@ def _check_group(
     if record is None or record["status"] != "ok" or task not in record["tasks"]:
         raise DataError(f"{where}: no record has such items")
     score = record["scores"][task]
-    if n != score["n"]:
+    if n != score["n"] or different != n:
         raise DataError(f"{where}: {different} different items of {n}; its record has {score['n']}")
     facts = record["tasks"][task]
     averaged = facts["metric"] in MEANS and facts["unit"] == "points"
