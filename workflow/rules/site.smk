@@ -17,10 +17,11 @@ rule site:
         "../scripts/site.py"
 
 
-# The same pages from the records that exist, whatever else is missing or stale: trains nothing.
-rule page:
+# Tables, figures and pages from the records that exist, whatever else is missing or stale: trains
+# nothing.
+rule leaderboard:
     log:
-        f"{HOME}/logs/page.log",
+        f"{HOME}/logs/leaderboard.log",
     conda:
         "../../envs/ballast.yaml"
     resources:
@@ -28,4 +29,4 @@ rule page:
     params:
         protocol=config.get("protocol"),
     script:
-        "../scripts/site.py"
+        "../scripts/leaderboard.py"

@@ -75,11 +75,6 @@ rule tables:
         "../scripts/tables.py"
 
 
-use rule tables as leaderboard with:
-    log:
-        f"{HOME}/logs/leaderboard.log",
-
-
 # Records and item scores of the suite as two small files that can be committed: trains nothing.
 rule keep:
     log:

@@ -1,0 +1,15 @@
+"""Write everything that is made from a suite's records: tables, figures and pages."""
+
+from pathlib import Path
+
+from ballast.layout import Layout
+from ballast.plan import read_plan
+from ballast.report import write_pages, write_tables_and_figures
+from ballast.results import read_results
+
+suite = snakemake.config["suite"]
+results = read_results(Layout.here(), suite, read_plan(Path(snakemake.resources.plan)))
+write_tables_and_figures(results, snakemake.params.protocol)
+pages = write_pages(results, snakemake.params.protocol)
+lines = [f"{len(results.records)} records, {len(pages)} pages", *results.problems]
+Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")
