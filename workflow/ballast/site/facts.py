@@ -110,7 +110,7 @@ def churn(record: Record) -> list[dict[str, Any]]:
 
 def flat(block: dict[str, Any]) -> Facts:
     """Nested settings as lines: names joined by dots, values as text."""
-    return [(name, _value(value)) for name, value in _pairs(block)]
+    return [(name, _value(value)) for name, value in _pairs(block) if name]
 
 
 def _pairs(value: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -206,7 +206,7 @@ function lossChart(box, rows) {
       }));
     }
   }
-  return traces.length ? draw(box, traces, { xaxis: { title: { text: "training step" } }, yaxis: { title: { text: "training loss, nats per token" }, type: "log" } }, `Training loss of ${rows.length} rows`) : null;
+  return traces.length ? draw(box, traces, { xaxis: { title: { text: "training step" } }, yaxis: { title: { text: "training loss, nats per token" }, type: "log", dtick: "D2" } }, `Training loss of ${rows.length} rows`) : null;
 }
 
 function rateChart(box, rows, place, field) {
@@ -287,5 +287,5 @@ function costDots(box, rows, key) {
   return draw(box, [{
     type: "scatter", mode: "markers", x: some.map((row) => row.value(key)), y: some.map((row) => row.id), marker: { color: some.map((row) => colourOf(row.family)), size: 10 }, customdata: some.map((row) => row.id),
     text: some.map((row) => `<b>${plotText(row.name)}</b><br>${plotText(q.t)}: ${shown(row.value(key), q)}${q.u && !["bytes", "parameters"].includes(q.u) ? ` ${q.u}` : ""}`), hoverinfo: "text",
-  }], { showlegend: false, height: 90 + 26 * some.length, margin: { l: 10, r: 16, t: 10, b: 44 }, xaxis: { title: { text: q.t + (q.u ? `, ${q.u}` : "") }, rangemode: "tozero", type: q.u === "bytes" ? "log" : "linear" }, yaxis: { ...rowAxis(some), showgrid: true } }, `${q.t} of ${some.length} rows`);
+  }], { showlegend: false, height: 90 + 26 * some.length, margin: { l: 10, r: 16, t: 10, b: 44 }, xaxis: { title: { text: q.t + (q.u ? `, ${q.u}` : "") }, rangemode: "tozero", ...(q.u === "bytes" && { type: "log", dtick: "D2" }) }, yaxis: { ...rowAxis(some), showgrid: true } }, `${q.t} of ${some.length} rows`);
 }
