@@ -467,7 +467,12 @@ def test_rows_are_means_over_the_seeds_that_reached_the_level(fake):
     results = with_curves(fake, curves)
     cell = results.curves["cell"].iloc[0]
     curves = pd.concat([results.curves.assign(kind="trajectory"), both.assign(cell=cell)])
-    found = at_equal_specialization(replace(results, curves=curves), *fake.places()[0], (10, 15))
+    results = replace(results, curves=curves)
+    rewinds = at_equal_specialization(results, *fake.places()[0], (10,), kinds=("rewind",))
+    assert rewinds.loc["lora", "F@10"] == pytest.approx(-99 / 4)
+    assert rewinds.attrs["kinds"] == ["rewind"]
+    found = at_equal_specialization(results, *fake.places()[0], (10, 15))
+    assert found.attrs["kinds"] == ["trajectory"]
     row, values = found.loc["lora"], [-2, -5, -4 * 10 / 12]
     assert row["F@10"] == pytest.approx(np.mean(values))
     half = stats.t.ppf(0.975, 2) * stdev(values) / 3**0.5

@@ -53,20 +53,27 @@ def crossings(curves: pd.DataFrame, level: float) -> pd.Series:
 
 
 def at_equal_specialization(
-    results: Results, base: str, target: str, levels: Sequence[float] | None = None
+    results: Results,
+    base: str,
+    target: str,
+    levels: Sequence[float] | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> pd.DataFrame:
     """Stability of each row where its cells reach the same E; indexed by row key.
 
     levels: points of E; by default `levels_of`. Columns for each level L (as `12` or `12.5`): `F@L`
     mean over the seeds that reached it, points; `F@L.low`, `F@L.high` their t interval of 95 %
     (missing with one seed); `reached@L` share of seeds that did, 0 to 1.
-    A cell's trajectory counts, else its rewind. One without either has its end point alone: below
-    the level it has not reached it, exactly there it has, beyond it nothing is known and the seed
-    is left out. The mean is over those who got there: where `reached` is small they may be the
-    lucky seeds. A curve scored on fewer items (`curves.items`) has its E from those.
+    kinds: of curves, the preferred first: a cell's trajectory counts, else its rewind. The two are
+    different ways back and do not agree (early in training much is forgotten already), so that rows
+    compare only where they have the same; `attrs["kinds"]` names those in use. A cell without any
+    has its end point alone: below the level it has not reached it, exactly there it has, beyond it
+    nothing is known and the seed is left out. The mean is over those who got there: where `reached`
+    is small they may be the lucky seeds. A curve scored on fewer items (`curves.items`) has its E
+    from those.
     """
     rows = rows_of(results.table, base, target)
-    curves = _one_each(results.curves, rows.cells["id"])
+    curves = _one_each(results.curves, rows.cells["id"], kinds)
     has = rows.cells["id"].isin(set(curves["cell"])).to_numpy(bool)
     ends = {name: rows.cells[name].to_numpy(dtype=float, na_value=np.nan) for name in ("E", "F")}
     data: dict[str, np.ndarray] = {}
@@ -82,13 +89,16 @@ def at_equal_specialization(
             f"F@{level:g}.high": spread.high,
             f"reached@{level:g}": spread.n / np.where(count, count, np.nan),
         }
-    return pd.DataFrame(data, index=pd.Index(rows.keys, name="row", dtype=object))
+    found = pd.DataFrame(data, index=pd.Index(rows.keys, name="row", dtype=object))
+    found.attrs["kinds"] = sorted(curves["kind"].unique())
+    return found
 
 
-def _one_each(curves: pd.DataFrame, cells: pd.Series) -> pd.DataFrame:
-    """One curve of each of the cells, of the first of `KINDS` that it has."""
-    found = curves[curves["cell"].isin(set(cells)).to_numpy(bool)]
-    order = found["kind"].map({kind: place for place, kind in enumerate(KINDS)})
+def _one_each(curves: pd.DataFrame, cells: pd.Series, kinds: Sequence[str]) -> pd.DataFrame:
+    """One curve of each of the cells, of the first of the kinds that it has."""
+    chosen = curves["cell"].isin(set(cells)) & curves["kind"].isin(list(kinds))
+    found = curves[chosen.to_numpy(bool)]
+    order = found["kind"].map({kind: place for place, kind in enumerate(kinds)})
     best = order.groupby(found["cell"].to_numpy()).transform("min")
     return found[(order == best).to_numpy(bool)]
 
@@ -103,7 +113,8 @@ def frontier(results: Results, base: str, target: str) -> pd.DataFrame:
     one higher).
     """
     rows = rows_of(results.table, base, target)
-    cells = rows.cells[(rows.cells["status"] == "ok").to_numpy(bool)]
+    needed = [*_WHO[1:], "id", "learning_rate", "E", "F"]
+    cells = rows.cells.loc[(rows.cells["status"] == "ok").to_numpy(bool), needed]
     names = cells.assign(row=row_keys(cells), variant=cells["variant"].fillna(""))
     parts = [_ends(names), _rates(results, names, base, target), _ways(results, names)]
     parts = [part.reindex(columns=list(FRONTIER)) for part in parts if len(part)]
