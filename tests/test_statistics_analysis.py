@@ -240,10 +240,19 @@ def test_a_table_without_any_result():
     assert found.notes[0] == "No cell is ok: nothing is compared."
 
 
-def test_results_of_another_machine_do_not_double_a_seed():
-    here, there = record(e=50.0), record(e=10.0) | {"origin": "elsewhere"}
-    there["id"] = "micro-lm.codes.lora-r8.s0-00000000"
+def test_results_of_another_machine_are_a_row_of_their_own():
+    here, there = record(e=50.0), record(e=10.0) | {"origin": "lab"}
+    there["id"] = "lab:micro-lm.codes.lora-r8.s0-00000000"
     found = analyse(made(here, there, record(seed=1)), *PLACE)
+    assert found.rows.loc["lora-r8", ["n_ok", "E", "title"]].tolist() == [2, 50.0, "lora"]
+    assert found.rows.loc["lora-r8@lab", ["n_ok", "E", "title"]].tolist() == [1, 10.0, "lora @lab"]
+    assert found.control == "lora-r8"
+
+
+def test_a_seed_that_is_there_twice_counts_once():
+    twice = record(e=10.0)
+    twice["id"] = "micro-lm.codes.lora-r8.s0-zzzzzzzz"
+    found = analyse(made(record(e=50.0), twice, record(seed=1)), *PLACE)
     assert found.rows.loc["lora-r8", ["n_ok", "E"]].tolist() == [2, 50.0]
     assert found.facts["doubles"] == 1
     assert any("1 further results" in note for note in found.notes)

@@ -183,6 +183,9 @@ def _measures(place: Place, keys: list[str], name: str, title: str, about: str) 
 # Retention where methods have learned the same.
 
 
+CURVE = {"trajectory": "trajectory over training", "rewind": "rewind W0 + αΔW"}
+
+
 def equal_table(place: Place) -> Table | None:
     """Stability at equal specialization; None without curves."""
     if place.results.curves.empty:
@@ -193,6 +196,7 @@ def equal_table(place: Place) -> Table | None:
     if frame.empty or not levels:
         return None
     found = {str(k): v for k, v in zip(frame.index, frame.to_dict("records"), strict=True)}
+    ways = " or ".join(CURVE[kind] for kind in frame.attrs["kinds"])
     columns = [Column("E", "End point"), Column("F", "End point")]
     for level in levels:
         at = f"At E = {level.removeprefix('F@')}"
@@ -217,9 +221,9 @@ def equal_table(place: Place) -> Table | None:
         about="What has been forgotten where methods have learned the same amount, beside their "
         "end points.",
         notes=(
-            "F where a cell's learn–forget curve (its trajectory, or the rewind W0 + αΔW) first "
-            "reaches E, interpolated; reached: share of the seeds that get so far. A method that "
-            "learned little forgets little: its end point says nothing about its stability.",
+            f"F where a cell's {ways} first reaches E, interpolated; reached: share of the seeds "
+            "that get so far. A method that learned little forgets little: its end point says "
+            "nothing about its stability.",
         ),
     )  # fmt: skip
 

@@ -57,23 +57,24 @@ def at_equal_specialization(
     base: str,
     target: str,
     levels: Sequence[float] | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Stability of each row where its cells reach the same E; indexed by row key.
 
     levels: points of E; by default `levels_of`. Columns for each level L (as `12` or `12.5`): `F@L`
     mean over the seeds that reached it, points; `F@L.low`, `F@L.high` their t interval of 95 %
     (missing with one seed); `reached@L` share of seeds that did, 0 to 1.
-    kinds: of curves, the preferred first: a cell's trajectory counts, else its rewind. The two are
-    different ways back and do not agree (early in training much is forgotten already), so that rows
-    compare only where they have the same; `attrs["kinds"]` names those in use. A cell without any
+    kinds: of curves, the preferred first; by default the one kind that most of the cells have.
+    Trajectory and rewind are different ways back and do not agree (early in training much is
+    forgotten already), so that rows compare only where they have the same; `attrs["kinds"]` names
+    those in use. A cell without any
     has its end point alone: below the level it has not reached it, exactly there it has, beyond it
     nothing is known and the seed is left out. The mean is over those who got there: where `reached`
     is small they may be the lucky seeds. A curve scored on fewer items (`curves.items`) has its E
     from those.
     """
     rows = rows_of(results.table, base, target)
-    curves = _one_each(results.curves, rows.cells["id"], kinds)
+    curves = _one_each(results.curves, rows.cells["id"], kinds or _commonest(results, rows.cells))
     has = rows.cells["id"].isin(set(curves["cell"])).to_numpy(bool)
     ends = {name: rows.cells[name].to_numpy(dtype=float, na_value=np.nan) for name in ("E", "F")}
     data: dict[str, np.ndarray] = {}
@@ -92,6 +93,13 @@ def at_equal_specialization(
     found = pd.DataFrame(data, index=pd.Index(rows.keys, name="row", dtype=object))
     found.attrs["kinds"] = sorted(curves["kind"].unique())
     return found
+
+
+def _commonest(results: Results, cells: pd.DataFrame) -> tuple[str, ...]:
+    """The kind of curve that most of the cells have; of as many, the trajectory."""
+    here = results.curves[results.curves["cell"].isin(set(cells["id"])).to_numpy(bool)]
+    counts = here.groupby("kind")["cell"].nunique()
+    return (max(KINDS, key=lambda kind: counts.get(kind, 0)),)
 
 
 def _one_each(curves: pd.DataFrame, cells: pd.Series, kinds: Sequence[str]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ballast import details, leaderboard, published, render, summary
+from ballast import details, leaderboard, published, relative, render, summary
 from ballast.escape import file_names, markdown
 from ballast.files import replacing, write_text
 from ballast.printed import Table
@@ -33,6 +33,7 @@ def tables_of(place: Place) -> list[Table]:
         details.derived_table(place),
         details.drift_table(place),
         summary.costs_table(place),
+        relative.relative_table(place),
         details.tuning_table(place),
         details.definitions_table(place),
     ]

@@ -55,7 +55,7 @@ TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {
 # items that a point is scored on (None: all); the methods that have curves.
 CURVES: dict[str, Any] = {
     "checkpoints": 5,
-    "alphas": [0.25, 0.5, 0.75],
+    "alphas": [0.25, 0.5, 0.75, 0.9],
     "items": None,
     "methods": "all",
 }

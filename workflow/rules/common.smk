@@ -1,4 +1,5 @@
 # The plan of the suite and look-ups in it; nothing here imports torch or a method.
+import json
 import math
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pandas as pd
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
+from ballast.curves import curve_cells, points_of, settings_of
 from ballast.errors import BallastError
+from ballast.escape import file_names
 from ballast.layout import Layout
 from ballast.status import closing_text, make_plan_file, opening_text
 from ballast.suite import LIMITS
@@ -31,6 +34,9 @@ SUITE = config["suite"]
 HOME = f"results/{SUITE}"
 PLAN = pd.read_parquet(PLAN_FILE).set_index("id", drop=False)
 TUNE = pd.read_parquet(PLAN_FILE.with_suffix(".tune.parquet")).set_index("id", drop=False)
+PLACES = file_names(sorted(set(zip(PLAN["base"], PLAN["target"]))))
+# Name of a figure of each base and target, its caption in workflow/report/, and its heading there.
+FIGURES = {"ranks": "Rank sweep", "difference": "Mean ranks", "forgetting": "Forgetting"}
 
 
 wildcard_constraints:
@@ -56,6 +62,57 @@ def parents_of(wildcards):
 def records_of(table, folder):
     """Records of all cells of a table."""
     return [f"{folder}/{cell}/run.json" for cell in table["id"]]
+
+
+def tables_of_suite():
+    """What a run of the suite ends with; .complete is missing beside tables with stale cells."""
+    tables = ["leaderboard.md", "cells.csv", "cells.parquet", "tables.tex", ".complete"]
+    tables += [f"{name}.md" for name in PLACES.values()]
+    return [
+        *(f"{HOME}/tables/{name}" for name in tables),
+        *(f"{HOME}/figures/tradeoff.{kind}" for kind in ("svg", "pdf", "png")),
+        *(
+            f"{HOME}/figures/{figure}-{name}.{kind}"
+            for name in PLACES.values()
+            for figure in FIGURES
+            for kind in ("svg", "pdf")
+        ),
+    ]
+
+
+def in_report(path):
+    """A table or figure with its caption and category, if `snakemake --report` shows it."""
+    name = Path(path).stem
+    if path.endswith("tables/leaderboard.md"):
+        return report(path, caption="../report/leaderboard.rst", category="Leaderboard")
+    if path.endswith("figures/tradeoff.svg"):
+        return report(path, caption="../report/tradeoff.rst", category="Trade-off")
+    for (base, target), place in PLACES.items():
+        labels = {"base": base, "target": target}
+        if path.endswith(f"tables/{place}.md"):
+            caption = "../report/tables.rst"
+            return report(path, caption=caption, category="Tables", labels=labels)
+        for figure, category in FIGURES.items():
+            if path.endswith(f"figures/{figure}-{place}.svg"):
+                caption = f"../report/{figure}.rst"
+                return report(path, caption=caption, category=category, labels=labels)
+    return path
+
+
+def curves_of(kind):
+    """Input function: the curves of every cell that has one of this kind."""
+    return lambda _: [f"{HOME}/curves/{c}.{kind}.json" for c in curve_cells(PLAN, kind)[0]]
+
+
+def curve_settings(wildcards):
+    """Checkpoints or alphas, and items, of a cell's curve."""
+    spec = json.loads(PLAN.loc[wildcards.cell, "spec"])
+    return settings_of(spec, wildcards.kind)
+
+
+def curve_minutes(wildcards, attempt):
+    """Minutes to ask a cluster for: a cell's for training, and as much for every point."""
+    return cell_minutes(wildcards, attempt) * (1 + points_of(curve_settings(wildcards)))
 
 
 def base_keys(wildcards):

@@ -1,25 +1,4 @@
 # What a cell scores between the untouched base and its end; optional, no part of a run of the suite.
-import json
-
-from ballast.curves import curve_cells, points_of, settings_of
-
-
-def curves_of(kind):
-    """Input function: the curves of every cell that has one of this kind."""
-    return lambda _: [f"{HOME}/curves/{c}.{kind}.json" for c in curve_cells(PLAN, kind)[0]]
-
-
-def curve_settings(wildcards):
-    """Checkpoints or alphas, and items, of a cell's curve."""
-    spec = json.loads(PLAN.loc[wildcards.cell, "spec"])
-    return settings_of(spec, wildcards.kind)
-
-
-def curve_minutes(wildcards, attempt):
-    """Minutes to ask a cluster for: a cell's for training, and as much for every point."""
-    return cell_minutes(wildcards, attempt) * (1 + points_of(curve_settings(wildcards)))
-
-
 rule curve:
     input:
         f"{HOME}/cells/{{cell}}/run.json",

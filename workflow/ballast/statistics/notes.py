@@ -43,9 +43,7 @@ def _seeds(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
 
 def _doubles(facts: dict[str, Any]) -> str:
     n = facts["doubles"]
-    return (
-        f"{n} further results of the same cells, made elsewhere, are not averaged in." if n else ""
-    )
+    return f"{n} further results of the same cells and seeds are not averaged in." if n else ""
 
 
 def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:

@@ -24,17 +24,19 @@ _NO_QUANTITY = ("rank", "seed", "learning_rate", "scale")
 _CONSTANT = ("base.", "base_extra.", "n.")
 
 
-def row_key(method: str, rank: int | None, variant: str | None) -> str:
-    """How a suite names a row: method, method-r8 or method-r8+variant."""
+def row_key(method: str, rank: int | None, variant: str | None, origin: str | None = "") -> str:
+    """How a suite names a row: method, method-r8, method-r8+variant; @ORIGIN if made elsewhere."""
     label = method if rank is None or pd.isna(rank) else f"{method}-r{int(rank)}"
-    return f"{label}+{variant}" if isinstance(variant, str) and variant else label
+    label = f"{label}+{variant}" if isinstance(variant, str) and variant else label
+    return f"{label}@{origin}" if isinstance(origin, str) and origin else label
 
 
 def row_keys(table: pd.DataFrame) -> list[str]:
-    """The row key of every cell of a tidy table."""
+    """The row key of every cell of a tidy table; one without origins is our own."""
+    origin = table["origin"] if "origin" in table else [""] * len(table)
     return [
         row_key(*names)
-        for names in zip(table["method"], table["rank"], table["variant"], strict=True)
+        for names in zip(table["method"], table["rank"], table["variant"], origin, strict=True)
     ]
 
 
@@ -72,7 +74,7 @@ class Rows:
 
 def rows_of(table: pd.DataFrame, base: str, target: str) -> Rows:
     """Arrange the planned cells of a base and target. Where a row has two cells of one seed that
-    are ok (made elsewhere, or under other settings), the one made here, or the first, counts."""
+    are ok (made under other settings), the first counts."""
     chosen = (table["base"] == base) & (table["target"] == target)
     cells = table[chosen.to_numpy(bool) & (table["status"] != "unplanned").to_numpy(bool)]
     cells = cells.reset_index(drop=True)
@@ -80,10 +82,8 @@ def rows_of(table: pd.DataFrame, base: str, target: str) -> Rows:
     ok = np.flatnonzero((cells["status"] == "ok").to_numpy(bool))
     seed, known = pd.factorize(cells["seed"].to_numpy(dtype=np.int64)[ok], sort=True)
     place = np.full((len(keys), len(known)), -1)
-    origin = cells["origin"].fillna("").to_numpy(dtype=str)
-    # Written from the last to the first: the first stands.
-    order = np.lexsort((np.arange(len(ok)), origin[ok]))[::-1]
-    place[row[ok][order], seed[order]] = ok[order]
+    at = pd.DataFrame({"row": row[ok], "seed": seed, "cell": ok}).drop_duplicates(["row", "seed"])
+    place[at["row"], at["seed"]] = at["cell"]
     doubles = len(ok) - int((place >= 0).sum())
     return Rows(cells, tuple(keys), row, np.asarray(known), place, doubles)
 
@@ -115,6 +115,9 @@ def frame_of(rows: Rows) -> pd.DataFrame:
         name: rows.cells[name].iloc[first].to_numpy() for name in ("method", "title", "family")
     }
     data["variant"] = rows.cells["variant"].fillna("").iloc[first].to_numpy()
+    data["origin"] = rows.cells["origin"].fillna("").iloc[first].to_numpy()
+    elsewhere = data["origin"] != ""
+    data["title"] = np.where(elsewhere, data["title"] + " @" + data["origin"], data["title"])
     data["rank"] = rows.cells["rank"].iloc[first].astype("Int64").to_numpy(dtype=object)
     data["n_ok"] = rows.n_ok()
     data["n_planned"] = np.bincount(rows.row, minlength=len(rows.keys))
@@ -169,11 +172,12 @@ def _short(text: str, longest: int = 80) -> str:
 
 
 def control_of(rows: Rows, control: str) -> str | None:
-    """The key of the control's row: the row of that key; else, of the rows of that method with
+    """The key of the control's row: the row of that key; else, of our own rows of that method with
     seeds that are ok, one without variant if there is any, with most seeds, of the middle rank."""
     if control in rows.keys:
         return control
-    n_ok, plain = rows.n_ok(), rows.cells.drop_duplicates(["method", "rank", "variant"])
+    own = rows.cells[(rows.cells["origin"].fillna("") == "").to_numpy(bool)]
+    n_ok, plain = rows.n_ok(), own.drop_duplicates(["method", "rank", "variant"])
     found = [
         (row_key(*names), bool(names[2]), 0 if pd.isna(names[1]) else int(names[1]))
         for names in zip(plain["method"], plain["rank"], plain["variant"].fillna(""), strict=True)
