@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from ballast import geometry, tradeoff
+from ballast import geometry, measures, tradeoff
 from ballast.measures import (
     MEASURES,
     cgm_average,
@@ -302,3 +303,8 @@ def test_top_share_of_constructed_matrices():
 def test_mean_leaves_out_what_is_not_there():
     assert geometry.mean([1.0, None, 3.0]) == 2.0
     assert geometry.mean([None]) is None
+
+
+def test_the_page_of_results_has_every_measure_as_it_is() -> None:
+    page = (Path(__file__).parents[1] / "results" / "README.md").read_text(encoding="utf-8")
+    assert measures.page().strip() in page
