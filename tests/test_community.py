@@ -20,16 +20,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ballast import bundle, bundle_checks, bundle_tables
-from ballast.bundle import read_bundle, write_bundle
 from ballast.community import (
+    bundle,
+    bundle_checks,
+    bundle_tables,
     merge,
     pack,
     read_community,
     read_community_changes,
     revisions,
 )
-from ballast.control import normalised
+from ballast.community.bundle import read_bundle, write_bundle
+from ballast.community.control import normalised
 from ballast.errors import DataError
 from ballast.files import sha256_file
 from ballast.results import ITEM_COLUMNS, Results

@@ -15,32 +15,32 @@ import torch
 import yaml
 from scipy import stats
 
-from ballast import trajectory
 from ballast.cell import ADAPTER, run_cell
-from ballast.curve_job import run_curve
 from ballast.curves import (
     curve_cells,
     is_current,
     new_curve,
     point,
     read_curves,
+    trajectory,
     write_curve,
 )
-from ballast.equal import at_equal_specialization, crossings, frontier, levels_of
+from ballast.curves.curve_job import run_curve
+from ballast.curves.equal import at_equal_specialization, crossings, frontier, levels_of
+from ballast.curves.points import chosen_rows, undisturbed
+from ballast.curves.rewind import move, run_rewind
+from ballast.curves.trajectory import checkpoint_steps, run_trajectory
 from ballast.errors import BallastError, SuiteError
 from ballast.files import write_json
 from ballast.layout import Layout
 from ballast.outcome import RECORD, failed_record
 from ballast.plan import make_plan
-from ballast.points import chosen_rows, undisturbed
 from ballast.progress import Progress
 from ballast.rates import COLUMNS, EXTRA, TUNING, best_rates, read_rates, tuning_table
 from ballast.ready import make_ready, spec_of_base
 from ballast.results import CURVE_COLUMNS
-from ballast.rewind import move, run_rewind
 from ballast.suite import CURVES, load_suite
 from ballast.tasks import read_tasks
-from ballast.trajectory import checkpoint_steps, run_trajectory
 from ballast.tune import make_tune_plan, rates_table, write_tuning
 from checkout import SUITE, Checkout
 from fake_results import fake_results
@@ -586,7 +586,7 @@ def test_the_frontier_has_every_point_of_a_method(fake):
 
 
 def test_the_front_agrees_with_brute_force(fake):
-    from ballast.equal import _front
+    from ballast.curves.equal import _front
 
     draw = np.random.default_rng(2)
     for size in (1, 2, 10, 60):

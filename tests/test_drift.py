@@ -19,13 +19,14 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ballast import drift, generic, geometry, passes, stored
+from ballast import drift
 from ballast.anatomy import anatomy_of
 from ballast.declare import discover
 from ballast.decompositions import Decompositions
+from ballast.drift import generic, geometry, passes, stored
+from ballast.drift.generic import Text, Texts
 from ballast.encoders import HeadTuner
 from ballast.errors import DataError
-from ballast.generic import Text, Texts
 from ballast.measures import MEASURES
 from ballast.models import Base, use_stored_features
 from ballast.tuner import load_method

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballast import output
 from ballast.declare import FAMILIES
 from ballast.figures import curves, difference, forgetting, palette, ranks, tradeoff
 from ballast.figures.output import write_figures
-from ballast.summary import Place
+from ballast.tables import output
+from ballast.tables.summary import Place
 from fake_records import record
 from fake_results import fake_results
 from test_tables import HOSTILE, contents, hostile, place_of, results_of, seeds

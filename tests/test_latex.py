@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ballast import output, render
 from ballast.results import Results
+from ballast.tables import output, render
 from fake_results import fake_results
 from test_tables import HOSTILE
 

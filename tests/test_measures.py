@@ -13,7 +13,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from ballast import geometry, measures, tradeoff
+from ballast import measures, tradeoff
+from ballast.drift import geometry
 from ballast.measures import (
     MEASURES,
     cgm_average,

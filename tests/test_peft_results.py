@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from ballast.errors import DataError
+from ballast.exchange.peft_results import ballast_peft_table, export_peft, import_peft, read_peft
 from ballast.files import write_json
-from ballast.peft_results import ballast_peft_table, export_peft, import_peft, read_peft
 from ballast.published import COLUMNS, check_published, protocols
 from fake_records import failed, record
 

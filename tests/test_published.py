@@ -17,11 +17,11 @@ from ballast.errors import DataError, SuiteError
 from ballast.layout import Layout
 from ballast.published.data import IDENTITY, check_published, typed
 from ballast.published.matching import match, plain_name
-from ballast.render import to_csv
 from ballast.results import Results
 from ballast.statistics.analysis import Analysis
 from ballast.suite import load_suite, read_config
 from ballast.tables import tidy
+from ballast.tables.render import to_csv
 from fake_records import record
 
 ROWS = published.read_published()

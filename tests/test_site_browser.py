@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from ballast import escape, render
+from ballast import escape
 from ballast.site import write_site
 from ballast.site.page import SCRIPTS
+from ballast.tables import render
 from fake_records import failed
 from fake_results import fake_results
 from site_fakes import fake_analyses, many_results, rebuilt, with_folder

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballast import details, escape, leaderboard, output, printed, render, summary, tables
+from ballast import escape, tables
 from ballast.results import ITEM_COLUMNS, Results
-from ballast.summary import Place
+from ballast.tables import details, leaderboard, output, printed, render, summary
+from ballast.tables.summary import Place
 from fake_records import failed, plan_of, record
 from fake_results import fake_results
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ballast import geometry, tradeoff
+from ballast import tradeoff
+from ballast.drift import geometry
 
 Record = Mapping[str, Any]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ballast.figures.output import write_figures
-from ballast.output import places_of, write_tables
 from ballast.results import Results
 from ballast.site import write_site
 from ballast.statistics.analysis import analyse
+from ballast.tables.output import places_of, write_tables
 
 # Beside the tables; without it the next run makes them again, even if a stale cell's file is put
 # back.

@@ -72,9 +72,9 @@ def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> 
 
 def closing_text(plan: pd.DataFrame, layout: Layout, suite: str) -> str:
     """The leaderboard as far as records go; nothing before there are any."""
-    from ballast.leaderboard import screen
-    from ballast.output import places_of
     from ballast.results import read_results
+    from ballast.tables.leaderboard import screen
+    from ballast.tables.output import places_of
 
     results = read_results(layout, suite, plan)
     if not results.records and not results.problems:

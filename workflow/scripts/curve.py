@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ballast.curve_job import finish_curve
+from ballast.curves.curve_job import finish_curve
 from ballast.layout import Layout
 
 with open(snakemake.log[0], "w", buffering=1) as log:

@@ -11,12 +11,12 @@ import pandas as pd
 from ballast.commands.screen import Screen, count, interval
 from ballast.commands.source import Named, at_place, chosen_places, find
 from ballast.errors import DataError
-from ballast.notes import row_name
-from ballast.printed import absent, number, p_value
 from ballast.results import Results
 from ballast.statistics.analysis import LEVEL
 from ballast.statistics.compare import Comparison, compare
 from ballast.statistics.rows import row_keys
+from ballast.tables.notes import row_name
+from ballast.tables.printed import absent, number, p_value
 
 NUMBERS = (
     "value_a",

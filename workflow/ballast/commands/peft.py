@@ -28,8 +28,8 @@ def export_(
 ) -> int:
     """Write a cell's result as PEFT's benchmark would have written it."""
     from ballast.commands.source import find
+    from ballast.exchange.peft_results import export_peft
     from ballast.files import write_json
-    from ballast.peft_results import export_peft
 
     found = opened(suite, results)
     named = find(found, cell)
@@ -60,7 +60,7 @@ def import_(
 ) -> int:
     """Read PEFT's results as rows of the published schema (results/published/)."""
     from ballast.commands.screen import Screen, print_json
-    from ballast.peft_results import ballast_peft_table
+    from ballast.exchange.peft_results import ballast_peft_table
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
@@ -89,7 +89,7 @@ def _write(rows: pd.DataFrame, path: Path) -> None:
 
 def _show(rows: pd.DataFrame, screen: Screen) -> None:
     """One line for each run: its method and what it scored."""
-    from ballast.printed import compact, figures
+    from ballast.tables.printed import compact, figures
 
     lines = []
     for label, run in rows.groupby("label", sort=False):

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from ballast.commands.screen import Screen, count, interval
-from ballast.notes import row_name
-from ballast.printed import absent, compact, number
 from ballast.results import Results
 from ballast.statistics.analysis import LEVEL, Analysis, analyse
 from ballast.statistics.rows import row_keys
+from ballast.tables.notes import row_name
+from ballast.tables.printed import absent, compact, number
 
 # The column that each limit is about, its unit, and how many digits are shown.
 LIMITS = {

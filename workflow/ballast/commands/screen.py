@@ -17,7 +17,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from ballast.escape import one_line
-from ballast.printed import DASH, absent, number
+from ballast.tables.printed import DASH, absent, number
 
 NARROW, WIDE = 80, 110
 LEAST, COMFORTABLE = 8, 24  # columns for a name

@@ -14,10 +14,10 @@ from ballast.community import read_community_changes
 from ballast.files import read_json
 from ballast.items import CHANGES
 from ballast.keep import read_kept_changes
-from ballast.notes import row_name
 from ballast.results import Results
 from ballast.statistics.analysis import COMPARED, analyse
 from ballast.statistics.rows import row_keys
+from ballast.tables.notes import row_name
 
 COSTS = (
     "trainable_parameters", "total_parameters", "adapter_bytes", "tokens", "steps", "step_ms",

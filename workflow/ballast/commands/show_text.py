@@ -8,7 +8,7 @@ from typing import Any
 
 from ballast.commands.screen import Screen, count, interval
 from ballast.measures import MEASURES
-from ballast.printed import absent, compact, figures, number, p_value
+from ballast.tables.printed import absent, compact, figures, number, p_value
 
 Shown = Mapping[str, Any]
 DIGITS = {"points": 1, "nats": 3, "perplexity": 3}

@@ -18,7 +18,7 @@ from ballast.figures.palette import (
     new_figure,
     style,
 )
-from ballast.summary import Place
+from ballast.tables.summary import Place
 from ballast.tradeoff import non_dominated
 
 TITLES = {

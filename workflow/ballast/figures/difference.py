@@ -21,9 +21,9 @@ from ballast.figures.palette import (
     new_figure,
     style,
 )
-from ballast.printed import absent
 from ballast.statistics.analysis import LEVEL
-from ballast.summary import Place, Row
+from ballast.tables.printed import absent
+from ballast.tables.summary import Place, Row
 
 ROW = 0.17  # inches
 MOST_ROWS = 100

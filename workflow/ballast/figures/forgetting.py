@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from ballast.escape import one_line, shorten
 from ballast.figures.palette import DIVERGING, colour_of, label_of, new_figure, style
-from ballast.printed import absent
-from ballast.summary import Place, Row
+from ballast.tables.printed import absent
+from ballast.tables.summary import Place, Row
 
 ROW, TASK = 0.17, 0.62  # inches
 ONE_COLUMN = 45  # rows; more stand in two columns

@@ -14,7 +14,7 @@ from ballast.figures.forgetting import heat_map
 from ballast.figures.palette import save
 from ballast.figures.ranks import rank_sweep
 from ballast.figures.tradeoff import scatter
-from ballast.summary import Place
+from ballast.tables.summary import Place
 
 KINDS = ("svg", "pdf")
 OF_A_PLACE: dict[str, Callable[[Place], Figure]] = {

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ballast.figures.palette import colour_of, label_of, markers_of, new_figure, style
-from ballast.printed import absent
 from ballast.statistics.analysis import COMPARED
-from ballast.summary import Place, Row
+from ballast.tables.printed import absent
+from ballast.tables.summary import Place, Row
 
 TITLES = {
     "E": "Specialization E, points",

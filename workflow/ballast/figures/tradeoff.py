@@ -22,9 +22,9 @@ from ballast.figures.palette import (
     new_figure,
     style,
 )
-from ballast.notes import row_name
-from ballast.printed import absent
-from ballast.summary import Place, Row
+from ballast.tables.notes import row_name
+from ballast.tables.printed import absent
+from ballast.tables.summary import Place, Row
 from ballast.tradeoff import non_dominated
 
 PANEL = (7.0, 5.6)  # inches

@@ -17,7 +17,7 @@ from ballast.site import extras
 from ballast.site.quantities import Quantity, quantities, rounded
 from ballast.statistics.analysis import COMPARED, Analysis
 from ballast.statistics.rows import row_keys
-from ballast.summary import task_facts
+from ballast.tables.summary import task_facts
 
 Analyses = Mapping[tuple[str, str], Analysis]
 KEY = ["method", "variant", "rank"]

@@ -114,7 +114,7 @@ def with_equal(
 ) -> tuple[pd.DataFrame, dict[str, Quantity]]:
     """The rows with what the methods retain where they reach the same E, if there are curves."""
     try:
-        equal = importlib.import_module("ballast.equal").at_equal_specialization
+        equal = importlib.import_module("ballast.curves.equal").at_equal_specialization
         found = equal(results, analysis.base, analysis.target)
     except (ImportError, AttributeError, BallastError):
         return rows, {}

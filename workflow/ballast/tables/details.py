@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from ballast import rates
-from ballast.equal import at_equal_specialization
+from ballast.curves.equal import at_equal_specialization
 from ballast.measures import MEASURES
-from ballast.printed import (
+from ballast.tables import DERIVED
+from ballast.tables.printed import (
     DASH,
     Cell,
     Column,
@@ -22,8 +23,7 @@ from ballast.printed import (
     number,
     share,
 )
-from ballast.summary import METHOD, Place, Row, by_row, mean_cell, raw_rows
-from ballast.tables import DERIVED
+from ballast.tables.summary import METHOD, Place, Row, by_row, mean_cell, raw_rows
 
 CHURN = ("n", "kept", "gained", "forgotten", "never", "forgotten_form", "forgotten_likely")
 

@@ -24,8 +24,8 @@ import jsonschema
 import pandas as pd
 import pyarrow as pa
 
-from ballast.bundle_checks import LIMITS, check_changes, check_items, check_record
-from ballast.bundle_tables import read_changes, read_items, read_records
+from ballast.community.bundle_checks import LIMITS, check_changes, check_items, check_record
+from ballast.community.bundle_tables import read_changes, read_items, read_records
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing, sha256_file

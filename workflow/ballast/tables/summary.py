@@ -15,8 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from ballast import notes, tradeoff
-from ballast.printed import (
+from ballast import tradeoff
+from ballast.results import Results
+from ballast.statistics.analysis import COMPARED, LEVEL, Analysis
+from ballast.tables import MEASURES, notes
+from ballast.tables.printed import (
     DASH,
     Cell,
     Column,
@@ -31,9 +34,6 @@ from ballast.printed import (
     share,
     spread,
 )
-from ballast.results import Results
-from ballast.statistics.analysis import COMPARED, LEVEL, Analysis
-from ballast.tables import MEASURES
 
 DIFFERENCE = ("diff", "diff_low", "diff_high", "p", "p_adjusted", "p_base", "p_base_adjusted")
 ROLES = ("upstream", "target", "probe")

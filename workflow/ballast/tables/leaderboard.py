@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from ballast import escape, render
-from ballast.notes import row_name, smallest
-from ballast.printed import DASH, Cell, Column, Table, absent, compact, number, ranks, share
+from ballast import escape
 from ballast.results import Results
-from ballast.summary import Place
+from ballast.tables import render
+from ballast.tables.notes import row_name, smallest
+from ballast.tables.printed import DASH, Cell, Column, Table, absent, compact, number, ranks, share
+from ballast.tables.summary import Place
 
 RULE = (
     "Ranked by O = E + F (points, mean ± sd over seeds). #: ranks that a row may hold by tests "

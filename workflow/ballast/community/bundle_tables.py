@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ballast.bundle_checks import LIMITS
+from ballast.community.bundle_checks import LIMITS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.items import COLUMNS as ITEM_COLUMNS

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ballast import details, leaderboard, published, relative, render, summary
+from ballast import published
 from ballast.escape import file_names, markdown
 from ballast.files import replacing, write_text
-from ballast.printed import Table
 from ballast.results import Results
 from ballast.statistics.analysis import analyse
-from ballast.summary import Place
+from ballast.tables import details, leaderboard, relative, render, summary
+from ballast.tables.printed import Table
+from ballast.tables.summary import Place
 
 
 def places_of(results: Results, control: str = "lora") -> list[Place]:

@@ -1,4 +1,4 @@
-"""One curve of one cell: `python -m ballast.curve_job PLAN CELL KIND`, alone or under supervision.
+"""One curve of one cell, alone or supervised: `python -m ballast.curves.curve_job PLAN CELL KIND`.
 
 In a process that is warm already: `run_curve(row, layout, kind)`.
 """
@@ -39,9 +39,9 @@ def run_curve(row: dict[str, Any], layout: Layout, kind: str) -> Path:
     curve = new_curve(row, kind, finished_record(row, layout))
     if not curve["left_out"]:
         if kind == "rewind":
-            from ballast.rewind import run_rewind as run
+            from ballast.curves.rewind import run_rewind as run
         else:
-            from ballast.trajectory import run_trajectory as run
+            from ballast.curves.trajectory import run_trajectory as run
         curve = run(row, layout)
     return write_curve(curve, row, layout)
 
@@ -56,7 +56,7 @@ def finish_curve(
     spec = json.loads(read_plan(plan).loc[cell, "spec"])
     points = points_of(settings_of(spec, kind))
     limits = {key: value * 2 ** (attempt - 1) for key, value in spec["limits"].items()}
-    command = [sys.executable, "-m", "ballast.curve_job", str(plan), cell, kind]
+    command = [sys.executable, "-m", "ballast.curves.curve_job", str(plan), cell, kind]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
     seconds = 60 * limits["minutes"] * (1 + points)
     try:
@@ -73,7 +73,7 @@ def finish_curve(
 
 def main(arguments: list[str] | None = None) -> int:
     """Make one curve; exits with 1 and one line where the cell is not ready for it."""
-    parser = argparse.ArgumentParser(prog="python -m ballast.curve_job", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ballast.curves.curve_job", description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("cell")
     parser.add_argument("kind", choices=KINDS)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ballast.printed import absent, number
 from ballast.statistics.analysis import COMPARED, LEVEL
+from ballast.tables.printed import absent, number
 
 if TYPE_CHECKING:
-    from ballast.summary import Place
+    from ballast.tables.summary import Place
 
 Cell = dict[str, Any]  # a row of the tidy table, what is not there being None
 STATES = {

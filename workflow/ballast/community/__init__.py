@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from ballast.bundle import Bundle, check_origin, read_bundle, write_bundle
-from ballast.bundle_tables import CHANGE_COLUMNS
+from ballast.community.bundle import Bundle, check_origin, read_bundle, write_bundle
+from ballast.community.bundle_tables import CHANGE_COLUMNS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
 from ballast.files import replacing

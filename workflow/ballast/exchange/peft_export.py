@@ -1,4 +1,4 @@
-"""A record in the format of PEFT's own benchmark; see `ballast.peft_results`."""
+"""A record in the format of PEFT's own benchmark; see `ballast.exchange.peft_results`."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ import pandas as pd
 
 from ballast.errors import DataError
 from ballast.escape import one_line
-from ballast.peft_checks import check_peft
-from ballast.peft_export import TYPES, export_peft
+from ballast.exchange.peft_checks import check_peft
+from ballast.exchange.peft_export import TYPES, export_peft
 from ballast.published.data import COLUMNS, typed
 from ballast.twins import TWINS
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ballast.control import normalised
-from ballast.printed import Cell, Column, Table, absent, number
+from ballast.community.control import normalised
 from ballast.statistics.rows import row_keys
-from ballast.summary import Place, Row, by_row
+from ballast.tables.printed import Cell, Column, Table, absent, number
+from ballast.tables.summary import Place, Row, by_row
 
 SHOWN = {
     "relative.seconds.train": "Training",

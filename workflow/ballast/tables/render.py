@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from ballast import escape
 from ballast.escape import slug
-from ballast.printed import MARKS, Cell, Column, Table
+from ballast.tables.printed import MARKS, Cell, Column, Table
 
 # Rows of a LaTeX table that fill a page; what is longer goes on in the next float.
 PAGE_ROWS = 42

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ballast.cell import ADAPTER, make_tuner
 from ballast.curves import Curve, finished_record, new_curve, point
+from ballast.curves.points import Scorer, work_on
 from ballast.encoders import HEAD
 from ballast.layout import Layout
-from ballast.points import Scorer, work_on
 from ballast.progress import Progress
 from ballast.tensorfile import read_tensors
 

@@ -31,14 +31,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ballast import geometry
 from ballast.adapters import Adapter
 from ballast.decompositions import Decompositions
+from ballast.drift import geometry
+from ballast.drift.generic import Texts, batches, texts
+from ballast.drift.passes import MEMORY, Pass, parted, spread, untouched
+from ballast.drift.stored import StoredWeights, fingerprint
 from ballast.files import key_of
-from ballast.generic import Texts, batches, texts
 from ballast.models import Base
-from ballast.passes import MEMORY, Pass, parted, spread, untouched
-from ballast.stored import StoredWeights, fingerprint
 
 __all__ = ["Reference", "Texts", "drift_of", "reference", "texts"]
 

@@ -1,0 +1,1 @@
+"""Results in and out of the formats of other benchmarks."""
