@@ -389,7 +389,8 @@ def test_tuned_rates_do_not_move_the_grid_that_they_were_found_on(home):
     for table in (None, "rates.csv"):
         suite = load(home, learning_rates=table)
         tune = make_tune_plan(suite, make_plan(suite))
-        grids.append([json.loads(spec)["learning_rate"] for spec in tune["spec"]])
+        rates_of = [json.loads(spec)["learning_rate"] for spec in tune["spec"]]
+        grids.append([rates_of, tune["id"].tolist(), tune["train_key"].tolist()])
     assert grids[0] == grids[1]
 
 

@@ -293,6 +293,15 @@ _IDLE = (
 _IDLE_TRAINING = ("checkpoint_every", "threads", "device")
 
 
+def settings_that_count(spec: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a cell's spec that its trained weights depend on."""
+    settings = {k: v for k, v in spec.items() if k not in _IDLE}
+    settings["training"] = {
+        k: v for k, v in settings["training"].items() if k not in _IDLE_TRAINING
+    }
+    return settings
+
+
 def _row(
     suite: Suite,
     base: _Base,
@@ -301,10 +310,7 @@ def _row(
     spec: dict[str, Any],
     parents: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    settings = {k: v for k, v in spec.items() if k not in _IDLE}
-    settings["training"] = {
-        k: v for k, v in settings["training"].items() if k not in _IDLE_TRAINING
-    }
+    settings = settings_that_count(spec)
     spec = spec | {"parents": [parent["id"] for parent in parents]}
     settings["parents"] = spec["parents"]
     label = spec["method"] + (f"-r{spec['rank']}" if spec["rank"] else "")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from ballast import tradeoff
+from ballast import tradeoff, versions
 from ballast.files import key_of, replacing
-from ballast.plan import COLUMNS
+from ballast.plan import COLUMNS, settings_that_count
 from ballast.rates import COLUMNS as RATE_COLUMNS
 from ballast.rates import EXTRA, KEYS, best_rates, tuning_table
 from ballast.suite import Suite
@@ -65,7 +65,7 @@ def _cell(
         },
     }
     own["folder"] = f"{spec['suite']}/tune"
-    keys = [row["train_key"], rate, seed]
+    keys = _keys(own)
     slug = row["id"].rpartition(".s")[0]
     return {
         **row.to_dict(),
@@ -75,6 +75,16 @@ def _cell(
         "eval_key": key_of([row["eval_key"], SPLITS]),
         "spec": json.dumps(own, sort_keys=True),
     }
+
+
+def _keys(spec: dict[str, Any]) -> list[Any]:
+    """What a cell of the grid is trained from.
+
+    Not the key of the suite's own cell, which holds the rate in use: cells of the grid would not be
+    known again once their result has been adopted.
+    """
+    data = [entry["train_key"] for entry in spec["tasks"].values() if entry["role"] == "target"]
+    return [settings_that_count(spec), versions.TRAIN, data]
 
 
 def rates_table(records: list[dict[str, Any]]) -> pd.DataFrame:
