@@ -19,6 +19,7 @@ from ballast.site.cells import page_name
 from ballast.site.data import page_data
 from ballast.site.page import script_json
 from ballast.site.quantities import rounded
+from ballast.statistics.analysis import analyse
 from ballast.tables import tidy
 from fake_records import failed, record
 from fake_results import fake_results
@@ -236,3 +237,18 @@ def test_many_cells_are_fast(tmp_path: Path) -> None:
     data = page_data(made, fake_analyses(made), {})
     assert sum(place["cells"]["n"] for place in data["places"]) == 600
     assert len(script_json(data)) < 600 * 2500
+
+
+def test_published_numbers_stand_on_the_page_where_a_suite_names_them(tmp_path: Path) -> None:
+    made = fake_results(methods=3)
+    analyses = {place: analyse(made, *place) for place in made.places()}
+    tables = {}
+    for protocol in (None, "peft_metamathqa"):
+        write_site(made, analyses, tmp_path, protocol)
+        page = data_of((tmp_path / "index.html").read_text("utf-8"))
+        tables[protocol] = page["published"]
+    assert tables[None] == []
+    assert tables["peft_metamathqa"]
+    for table in tables["peft_metamathqa"]:
+        assert len(table["columns"]) == len(table["values"])
+        assert {"Published", "Ours"} <= set(table["columns"])

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from ballast import items
 from ballast.errors import DataError
-from ballast.files import read_json, replacing, sha256_file
+from ballast.files import read_json, replacing, sha256_file, write_text
+from ballast.rates import TABLE
 from ballast.records import scan, validate_record
 
 RECORDS, ITEMS = "records.parquet", "items.parquet"
@@ -34,13 +35,14 @@ SCHEMA = pa.schema(
 ENTRIES, MOST_BYTES = (10, 5, 3, 2, 1, 0), 3 << 18
 
 
-def keep_suite(suite: Path, folder: Path) -> int:
+def keep_suite(suite: Path, folder: Path, rates: Path | None = None) -> int:
     """Write what is known of a suite's cells to `folder`; returns how many records were kept.
 
     records.parquet: id, record (JSON). items.parquet: cell and the columns of `items.SCHEMA`, in
     the order of cells, tasks and items; of cells scored before these were stored, item, score and
     loss alone. changes.parquet: cell, task, kind (gained or forgotten) and entry (JSON), the first
-    ones of each list. curves.parquet: the suite's curves, if it has any.
+    ones of each list. curves.parquet: the suite's curves, if it has any. learning_rates.csv: of
+    `tune`, or else `rates`.
     Raises DataError if a record or one of these files is damaged, or none is there.
     """
     cells = suite / "cells"
@@ -61,6 +63,10 @@ def keep_suite(suite: Path, folder: Path) -> int:
     _write(table, folder / RECORDS)
     _write(_changes(cells, finished), folder / CHANGES)
     _write(_curves(suite, records), folder / CURVES)
+    for path in (suite / "tune" / TABLE, rates):
+        if path and path.is_file():
+            write_text(folder / TABLE, path.read_text(encoding="utf-8"))
+            break
     return len(records)
 
 

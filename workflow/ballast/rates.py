@@ -18,6 +18,7 @@ import pandas as pd
 from ballast.errors import SuiteError
 from ballast.suite import Suite
 
+TABLE = "learning_rates.csv"  # as `tune` and `keep` write it
 KEYS = ["base", "target", "method", "variant", "rank"]
 COLUMNS = [*KEYS, "learning_rate", "seed", "score", "loss", "status"]
 EXTRA = ["E", "F", "default"]

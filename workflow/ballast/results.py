@@ -17,7 +17,7 @@ from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.items import items_of
 from ballast.keep import read_kept, read_kept_curves
 from ballast.layout import Layout
-from ballast.rates import read_rates
+from ballast.rates import TABLE, read_rates
 from ballast.records import scan
 from ballast.tables import tidy
 
@@ -49,10 +49,13 @@ class Results:
         return sorted(set(zip(planned["base"], planned["target"], strict=True)))
 
 
-def read_results(layout: Layout, suite: str, plan: pd.DataFrame | None) -> Results:
+def read_results(
+    layout: Layout, suite: str, plan: pd.DataFrame | None, rates: Path | None = None
+) -> Results:
     """The results of a suite from its folder, those merged from other machines beside its own.
 
-    plan: the suite's plan, for what is missing or stale.
+    plan: the suite's plan, for what is missing or stale; rates: the table of learning rates that
+    the suite names, where `tune` has made no newer one.
     """
     home = layout.suite(suite)
     records, problems = scan(home / "cells")
@@ -69,7 +72,7 @@ def read_results(layout: Layout, suite: str, plan: pd.DataFrame | None) -> Resul
         records={record["id"]: record for record in [*records, *others]},
         items=_joined(items, other_items),
         curves=curves,
-        rates=_rates(home / "tune" / "learning_rates.csv"),
+        rates=_rates(home / "tune" / TABLE, rates),
         folder=home,
         problems=tuple(problems),
     )
@@ -85,7 +88,7 @@ def kept_results(folder: Path) -> Results:
         table=tidy(records, None),
         records={record["id"]: record for record in records},
         items=items.reindex(columns=ITEM_COLUMNS),
-        rates=_rates(folder / "learning_rates.csv"),
+        rates=_rates(folder / TABLE),
         **rest,
     )
 
@@ -99,5 +102,6 @@ def _joined(own: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     return whole.astype(dict.fromkeys(("cell", "task", "subject"), "category"))
 
 
-def _rates(path: Path) -> pd.DataFrame | None:
-    return read_rates(path) if path.is_file() else None
+def _rates(*paths: Path | None) -> pd.DataFrame | None:
+    """The first of the tables that is there."""
+    return next((read_rates(path) for path in paths if path and path.is_file()), None)

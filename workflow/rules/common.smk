@@ -34,6 +34,8 @@ SUITE = config["suite"]
 HOME = f"results/{SUITE}"
 PLAN = pd.read_parquet(PLAN_FILE).set_index("id", drop=False)
 TUNE = pd.read_parquet(PLAN_FILE.with_suffix(".tune.parquet")).set_index("id", drop=False)
+# The table of learning rates that the suite names, if it does.
+RATES = "learning_rates" in config and str(SUITE_FOLDER / config["learning_rates"])
 PLACES = file_names(sorted(set(zip(PLAN["base"], PLAN["target"]))))
 # Name of a figure of each base and target, its caption in workflow/report/, and its heading there.
 FIGURES = {"ranks": "Rank sweep", "difference": "Mean ranks", "forgetting": "Forgetting"}

@@ -13,6 +13,7 @@ rule site:
     params:
         cells=sorted(PLAN["id"]),
         protocol=config.get("protocol"),
+        rates=RATES,
     script:
         "../scripts/site.py"
 
@@ -28,5 +29,6 @@ rule leaderboard:
         plan=str(PLAN_FILE),
     params:
         protocol=config.get("protocol"),
+        rates=RATES,
     script:
         "../scripts/leaderboard.py"

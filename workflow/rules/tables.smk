@@ -14,6 +14,7 @@ rule summarise:
     params:
         cells=sorted(PLAN["id"]),
         protocol=config.get("protocol"),
+        rates=RATES,
     script:
         "../scripts/tables.py"
 
@@ -29,6 +30,7 @@ rule tables:
         plan=str(PLAN_FILE),
     params:
         protocol=config.get("protocol"),
+        rates=RATES,
     script:
         "../scripts/tables.py"
 
@@ -42,5 +44,6 @@ rule keep:
     params:
         suite=HOME,
         folder=f"results/kept/{SUITE}",
+        rates=RATES,
     script:
         "../scripts/keep.py"

@@ -7,8 +7,9 @@ from ballast.errors import BallastError
 from ballast.keep import keep_suite
 
 folder = Path(snakemake.params.folder)
+rates = snakemake.params.rates and Path(snakemake.params.rates)
 try:
-    line = f"{folder}: {keep_suite(Path(snakemake.params.suite), folder)} records kept"
+    line = f"{folder}: {keep_suite(Path(snakemake.params.suite), folder, rates)} records kept"
 except BallastError as error:
     line = f"error: {error}"
 Path(snakemake.log[0]).write_text(line + "\n")

@@ -8,7 +8,8 @@ from ballast.report import write_pages, write_tables_and_figures
 from ballast.results import read_results
 
 suite = snakemake.config["suite"]
-results = read_results(Layout.here(), suite, read_plan(Path(snakemake.resources.plan)))
+plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
+results = read_results(Layout.here(), suite, plan, rates and Path(rates))
 write_tables_and_figures(results, snakemake.params.protocol)
 pages = write_pages(results, snakemake.params.protocol)
 lines = [f"{len(results.records)} records, {len(pages)} pages", *results.problems]

@@ -8,7 +8,8 @@ from ballast.report import write_pages
 from ballast.results import read_results
 
 suite = snakemake.config["suite"]
-results = read_results(Layout.here(), suite, read_plan(Path(snakemake.resources.plan)))
+plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
+results = read_results(Layout.here(), suite, plan, rates and Path(rates))
 pages = write_pages(results, snakemake.params.protocol)
 lines = [f"{len(pages)} pages", *results.problems]
 Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

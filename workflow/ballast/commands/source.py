@@ -40,7 +40,8 @@ def open_results(suite: Path | None, folder: Path | None, layout: Layout) -> Res
     config = read_config(path)
     home = layout.suite(config["suite"])
     plan = _plan(config, layout, path.parent)
-    return _checked(read_results(layout, config["suite"], plan), f"{home} (of {path})")
+    rates = path.parent / config["learning_rates"] if "learning_rates" in config else None
+    return _checked(read_results(layout, config["suite"], plan, rates), f"{home} (of {path})")
 
 
 def kept_folder(suite: Path | None, folder: Path | None, layout: Layout) -> Path | None:

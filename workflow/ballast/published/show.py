@@ -28,7 +28,7 @@ def tables_of(
 ) -> list[pd.DataFrame]:
     """The tables of `ours.blocks_of`, ready to be shown: numbers and text under headers.
 
-    attrs: title, notes (sentences) and key, a slug for file names.
+    attrs: title, notes (sentences), place (base, target) and key, a slug for file names.
     """
     return [frame(item) for item in blocks_of(results, protocol, analyses)]
 
@@ -58,7 +58,8 @@ def frame(item: SideBySide) -> pd.DataFrame:
     )
     parts = (item.protocol, item.source, item.model, item.trained_on, item.base, item.target)
     key = escape.slug("-".join(part for part in parts if part))
-    found.attrs = {"title": _title(item), "notes": list(item.notes), "key": key}
+    place = (item.base, item.target)
+    found.attrs = {"title": _title(item), "notes": list(item.notes), "key": key, "place": place}
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ballast.errors import BallastError
-from ballast.published import SideBySide, tables_of
+from ballast.published import tables_of
 from ballast.results import Results
 from ballast.site.quantities import EQUAL, POINTS, Quantity, rounded
 from ballast.statistics.analysis import Analysis
@@ -144,26 +144,23 @@ def published(
     return [_side(item) for item in tables_of(results, protocol, analyses)] if protocol else []
 
 
-SIDE = {
-    "quantity": "Quantity", "label": "In the paper", "method": "Ours", "rank": "Rank",
-    "our_rank": "Our rank", "published": "Published", "ours": "Ours", "difference": "Difference",
-    "place": "Place", "our_place": "Our place", "same_order": "Same order?",
-    "differs_in": "Differs in",
-}  # fmt: skip
-
-
-def _side(item: SideBySide) -> dict[str, Any]:
+def _side(table: pd.DataFrame) -> dict[str, Any]:
     columns = []
-    for name in SIDE:
-        column = item.table[name]
+    table = table.loc[:, [name for name in table if _says_something(table[name])]]
+    for name in table:
+        column = table[name]
         if pd.api.types.is_numeric_dtype(column):
             columns.append(rounded(column.astype("float64"), None))
         else:
             columns.append(["" if pd.isna(value) else str(value) for value in column])
-    taus = [f"{quantity}: {agreement}" for quantity, agreement in item.agreements.items()]
     return {
-        "title": f"{item.title}: published and ours ({item.base} tuned on {item.target})",
-        "columns": list(SIDE.values()),
+        "title": table.attrs["title"],
+        "place": list(table.attrs["place"]),
+        "columns": list(table.columns),
         "values": columns,
-        "notes": [str(note) for note in item.notes] or taus,
+        "notes": table.attrs["notes"],
     }
+
+
+def _says_something(column: pd.Series) -> bool:
+    return bool((column.notna() & (column.astype("string") != "")).any())

@@ -17,6 +17,7 @@ function themed(layout) {
     ...LAYOUT, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: css("--sans"), size: 13, color: ink },
     hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--rule"), font: { color: ink, size: 13 }, align: "left" }, modebar: { color: css("--faint"), activecolor: ink, bgcolor: "rgba(0,0,0,0)" }, ...layout,
   };
+  if (narrow() && found.legend === LAYOUT.legend) found.legend = { ...LAYOUT.legend, y: -0.34 };
   for (const key of Object.keys(found)) if (/^[xy]axis\d*$/.test(key)) {
     const title = found[key].title && { ...found[key].title, font: { size: 13, color: soft } };
     found[key] = { ...axis, ...found[key], ...(title && { title }) };
@@ -59,17 +60,21 @@ function hoverText(row, keys) {
 
 function axisOf(key) {
   const q = QUANTITIES[key];
-  const names = { F: "Stability F: mean change upstream, points (left: forgot more)", E: "Specialization E: change downstream, points" };
+  const names = narrow()
+    ? { F: "F, points (left: forgot more)", E: "E, points" }
+    : { F: "Stability F: mean change upstream, points (left: forgot more)", E: "Specialization E: change downstream, points" };
   const log = q && ["parameters", "bytes"].includes(q.u);
   return { title: { text: names[key] ?? plotText(q ? q.t + (q.u ? `, ${q.u}` : "") : key) }, type: log ? "log" : "linear", zeroline: true };
 }
 
-function errors(rows, key) {
+// Of many rows only the named ones have bars: the others would cover the points.
+function errors(rows, key, named) {
   const q = QUANTITIES[key];
-  if (!rows.some((row) => row.low(key) !== null) || q?.g === "Cost") return undefined;
+  const has = (row) => row.low(key) !== null && (!named || named.has(row.id));
+  if (!rows.some(has) || q?.g === "Cost") return undefined;
   return {
     type: "data", symmetric: false, thickness: 1, width: 2,
-    array: rows.map((row) => (row.high(key) === null ? 0 : row.high(key) - row.value(key))), arrayminus: rows.map((row) => (row.low(key) === null ? 0 : row.value(key) - row.low(key))),
+    array: rows.map((row) => (has(row) ? row.high(key) - row.value(key) : 0)), arrayminus: rows.map((row) => (has(row) ? row.value(key) - row.low(key) : 0)),
   };
 }
 
@@ -80,23 +85,24 @@ function scatter(box, rows, place) {
   const traces = [];
   if (show.has("paths")) traces.push(...rankPaths(known, x, y));
   const mark = symbols();
+  const front = frontOf(known, x, y);
+  const named = known.length > MOST_BARS ? new Set([...front.map((row) => row.id), state.row, ...listed(state.sel)]) : null;
   for (const family of [...FAMILIES, null]) {
     const some = known.filter((row) => (family === null ? !FAMILIES.includes(row.family) : row.family === family));
     if (!some.length) continue;
     const bars = show.has("bars");
-    const faint = (found) => found && { ...found, color: colourOf(family) + (known.length > 30 ? "40" : "80") };
+    const faint = (found) => found && { ...found, color: colourOf(family) + "80" };
     traces.push({ type: "scatter", mode: "markers", name: family ?? "other", legendgroup: family ?? "other", x: [null], y: [null], marker: { color: colourOf(family), size: 10 } });
     traces.push({
       type: "scatter", mode: "markers", name: family ?? "other", legendgroup: family ?? "other", showlegend: false, x: some.map((row) => row.value(x)), y: some.map((row) => row.value(y)), customdata: some.map((row) => row.id),
       text: some.map((row) => hoverText(row, [x, y, "E", "F", "O", "front", "seconds.train", "memory_mb.train"])), hoverinfo: "text",
-      error_x: bars ? faint(errors(some, x)) : undefined, error_y: bars ? faint(errors(some, y)) : undefined,
+      error_x: bars ? faint(errors(some, x, named)) : undefined, error_y: bars ? faint(errors(some, y, named)) : undefined,
       marker: {
         opacity: 0.95, color: colourOf(family), size: some.map((row) => sizeOf(row.rank)), symbol: some.map((row) => mark.get(row.method) + (row.nOk < 2 ? "-open" : "")),
         line: { width: some.map((row) => (row.nOk < 2 ? 1.6 : 0.8)), color: some.map((row) => (row.id === state.row ? css("--ink") : row.nOk < 2 ? colourOf(family) : css("--paper"))) },
       },
     });
   }
-  const front = frontOf(known, x, y);
   if (show.has("front") && front.length) traces.push(frontLine(front, x, y));
   const zero = untouched(place, x, y);
   if (zero) traces.push({ type: "scatter", mode: "markers", name: "untouched base", x: [zero[0]], y: [zero[1]], text: ["<b>untouched base</b>"], hoverinfo: "text", marker: { symbol: "cross-thin", size: 13, line: { width: 2.2, color: css("--ink") } } });

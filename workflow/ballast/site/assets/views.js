@@ -215,15 +215,19 @@ function notesView() {
     nodes.push(section(place.name, null, facts.length ? el("ul", { class: "facts" }, facts.map(([value, text]) => el("li", {}, el("b", { text: value }), el("span", { text })))) : null, el("ul", { class: "notes" }, place.notes.map((text) => el("li", { text })))));
     nodes.push(section("Tasks", null, plainTable(["Task", "Role", "Metric", "Unit", "Items", "Untouched base"], place.tasks.map((task) => [task.title, task.role, task.metric, task.unit, task.n, shown(task.base, { u: task.unit })]), [4, 5])));
     if (place.definitions.length) nodes.push(section("Would another definition rank them otherwise?", "Kendall's τ between the orders of the rows under two definitions of the best: 1 is the same order, 0 unrelated.", stabilityTable(place)));
-  }
-  for (const found of DATA.published) {
-    const rows = found.values.length ? found.values[0].map((_, i) => found.values.map((column) => column[i])) : [];
-    nodes.push(section(found.title || "Published | ours", null, plainTable(found.columns, rows), found.notes.map((text) => paragraph(text))));
+    const papers = DATA.published.filter((found) => found.place[0] === place.base && found.place[1] === place.target);
+    if (papers.length) nodes.push(section("Published and ours", "Numbers of a paper beside those of this suite; where model or data differ, only the order can be compared.", papers.map(paper)));
   }
   const named = Object.values(QUANTITIES).filter((q) => q.h);
   nodes.push(section("Words", null, plainTable(["Column", "Unit", "Meaning"], named.map((q) => [q.t, q.u ?? "", q.h]))));
   if (DATA.problems.length) nodes.push(section("Files that could not be read", null, el("ul", { class: "notes" }, DATA.problems.map((text) => el("li", { text })))));
   panel.replaceChildren(...nodes);
+}
+
+function paper(found) {
+  const rows = found.values.length ? found.values[0].map((_, i) => found.values.map((column) => column[i])) : [];
+  const numeric = found.values.flatMap((column, i) => (column.some((value) => typeof value === "number") ? [i] : []));
+  return el("details", {}, el("summary", { text: found.title }), found.notes.map((text) => paragraph(text)), plainTable(found.columns, rows, numeric));
 }
 
 function stabilityTable(place) {
