@@ -216,7 +216,7 @@ function notesView() {
     nodes.push(section("Tasks", null, plainTable(["Task", "Role", "Metric", "Unit", "Items", "Untouched base"], place.tasks.map((task) => [task.title, task.role, task.metric, task.unit, task.n, shown(task.base, { u: task.unit })]), [4, 5])));
     if (place.definitions.length) nodes.push(section("Would another definition rank them otherwise?", "Kendall's τ between the orders of the rows under two definitions of the best: 1 is the same order, 0 unrelated.", stabilityTable(place)));
     const papers = DATA.published.filter((found) => found.place[0] === place.base && found.place[1] === place.target);
-    if (papers.length) nodes.push(section("Published and ours", "Numbers of a paper beside those of this suite; where model or data differ, only the order can be compared.", papers.map(paper)));
+    if (papers.length) nodes.push(section("Published and ours", "Numbers of a paper beside those of this suite; where model or data differ, only the order can be compared.", ...papers.map(paper)));
   }
   const named = Object.values(QUANTITIES).filter((q) => q.h);
   nodes.push(section("Words", null, plainTable(["Column", "Unit", "Meaning"], named.map((q) => [q.t, q.u ?? "", q.h]))));
