@@ -82,7 +82,7 @@ def analyse(results: Results, base: str, target: str, control: str = "lora") -> 
     definitions = stability.agreement(stability.definitions(frame))
     facts = _facts(rows, quantities, tests, drawn)
     said = notes.sentences(frame, pairs, definitions, facts, known)
-    return Analysis(base, target, known, frame, pairs, definitions, facts, said)
+    return Analysis(base, target, known, frame.copy(), pairs, definitions, facts, said)
 
 
 def _with_base(quantity: Quantity) -> Differences:

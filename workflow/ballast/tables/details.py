@@ -143,9 +143,13 @@ def _churn_by(place: Place, counts: pd.DataFrame, by: str) -> Table:
 # Numbers that have columns of their own: drift and derived measures.
 
 
+# The same number as KL(base‖tuned), and how many tokens that was measured on.
+_TWICE = ("drift.kl_corrected", "drift.tokens")
+
+
 def drift_table(place: Place) -> Table | None:
     """How far the tuned model went from the base; None if no record has measured it."""
-    keys = [key for key in place.cells if key.startswith("drift.")]
+    keys = [key for key in place.cells if key.startswith("drift.") and key not in _TWICE]
     return _measures(
         place, keys, "drift", "Drift from the base",
         "Distances between the tuned model and the untouched base, mean ± sd over seeds.",
@@ -171,7 +175,11 @@ def _measures(place: Place, keys: list[str], name: str, title: str, about: str) 
 
     def cell(row: Row, key: str) -> Cell:
         sd = row.get(f"{key}.sd")
-        return Cell(figures(row.get(key)), "" if absent(sd) else f"± {figures(sd, 2)}")
+        # What differs by rounding alone is the same.
+        same = not absent(sd) and sd < 1e-9 * abs(row[key])
+        return Cell(
+            figures(row.get(key)), "" if absent(sd) else f"± {figures(0 if same else sd, 2)}"
+        )
 
     return by_row(
         place, [Column(headers[key]) for key in keys],

@@ -25,9 +25,18 @@ def markdown(table: Table, heading: str = "##") -> str:
     """A table with its heading, what it says and its notes as Markdown."""
     lines = [f"{heading} {escape.markdown(table.title)}", ""]
     lines += [escape.markdown(table.about), ""] if table.about else []
-    lines += [pipe([c.header for c in table.columns], table), ""]
+    lines += [pipe(_headers(table), table), ""]
     lines += [f"* {escape.markdown(note)}" for note in table.notes]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _headers(table: Table) -> list[str]:
+    """Headers for a format without groups: one that stands twice is named with its group."""
+    names = [column.header for column in table.columns]
+    return [
+        f"{c.header}, {c.group}" if c.group and names.count(c.header) > 1 else c.header
+        for c in table.columns
+    ]
 
 
 def pipe(headers: Sequence[str], table: Table) -> str:
