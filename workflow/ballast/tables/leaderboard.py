@@ -110,7 +110,8 @@ def screen(results: Results, places: Sequence[Place], folder: Path | None = None
         lines += [escape.one_line(table.title), *_aligned(table), *bad]
         lines += [line for note in smallest(place) for line in wrap(note, WIDTH)] + [""]
     lines += [*wrap(RULE, WIDTH), counts(results.table)]
-    lines += [f"Tables and plots: {folder}"] if folder else []
+    if folder:
+        lines += [f"To look at: {folder}/leaderboard/index.html. Tables and figures: {folder}"]
     return "\n".join(lines) + "\n"
 
 
