@@ -260,7 +260,8 @@ def test_minimum_detectable_is_statsmodels_for_seeds(draw, n):
 
 
 def test_nothing_is_detectable_without_seeds():
-    empty = Differences(*(np.full(3, np.nan) for _ in range(4)), np.ones(3, dtype=int))
+    blank = [np.full(3, np.nan) for _ in range(4)]
+    empty = Differences(*blank, np.zeros(3), np.ones(3, dtype=int))
     assert power.minimum_detectable(empty) is None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ballast.statistics import front, items, power, ranks, seeds
+from ballast.statistics import front, items, moderate, power, ranks, seeds
 from ballast.statistics.adjust import benjamini_hochberg
-from ballast.statistics.crossed import Differences, differences
+from ballast.statistics.crossed import Differences, differences, prior_of_rows
 
 ITEMS = 60
 
@@ -213,3 +213,68 @@ def test_single_seeds_have_no_front(draw):
     found = front_of(e, f)
     assert np.isnan(found.share).all()
     assert (found.hypervolume, found.low, found.high) == (None, None, None)
+
+
+# -- variances that are lent -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d0", "low", "high"), [(4.0, 1.6, 2.5), (20.0, 6.0, 30.0)])
+def test_the_prior_of_variances_is_found(draw, d0, low, high):
+    true = 9.0 * d0 / draw.chisquare(d0, 4000)
+    sample = true * draw.chisquare(2, 4000) / 2
+    found = moderate.prior_of(sample, np.full(4000, 2), most=1e6)
+    assert low < found.df < high  # half of d0 is believed
+    assert found.variance == pytest.approx(9.0, rel=0.15)
+
+
+def test_equal_variances_lend_all_that_is_believed(draw):
+    sample = 9.0 * draw.chisquare(2, 4000) / 2
+    found = moderate.prior_of(sample, np.full(4000, 2), most=30.0)
+    assert found.df == pytest.approx(15.0, rel=0.4)
+    assert moderate.moderated(np.array([1.0, 100.0]), 2, moderate.Prior(6.0, 9.0)).tolist() == [
+        (6 * 9 + 2 * 1) / 8,
+        (6 * 9 + 2 * 100) / 8,
+    ]
+
+
+def test_few_or_equal_numbers_lend_nothing():
+    assert moderate.prior_of(np.array([1.0, 2.0]), np.full(2, 2), most=10.0) == moderate.NONE
+    assert moderate.prior_of(np.zeros(9), np.full(9, 2), most=10.0) == moderate.NONE
+    four = np.random.default_rng(0).normal(size=(4, 3))
+    assert prior_of_rows(four) == moderate.NONE
+
+
+def table_of(draw: np.random.Generator, rows: int, unlike: float, gap: float) -> np.ndarray:
+    """Three seeds of rows, half of them `gap` points better; sd 3 points, or unlike each other."""
+    sd = 3 * np.exp(unlike * draw.standard_normal(rows))
+    values = 50 + 2 * draw.standard_normal(3) + sd[:, None] * draw.standard_normal((rows, 3))
+    values[: rows // 2] += gap
+    return values
+
+
+@pytest.mark.parametrize("unlike", [0.0, 0.7, 1.5])
+def test_moderated_tests_keep_their_size(draw, unlike):
+    a, b = np.triu_indices(12, 1)
+    single, table = [], []
+    for _ in range(300):
+        values = table_of(draw, 12, unlike, 0.0)
+        test = differences(values, [], np.zeros(12, dtype=bool), prior_of_rows(values))
+        p = test.p()[a, b]
+        single.append((p < 0.05).mean())
+        table.append((benjamini_hochberg(p) < 0.05).any())
+    assert np.mean(single) < 0.065
+    assert np.mean(table) < 0.075
+
+
+@pytest.mark.parametrize(("unlike", "least"), [(0.0, 0.9), (0.7, 0.6)])
+def test_moderated_tests_find_more(draw, unlike, least):
+    a, b = np.triu_indices(12, 1)
+    apart = (a < 6) != (b < 6)
+    found = {False: [], True: []}
+    for _ in range(60):
+        values = table_of(draw, 12, unlike, 15.0)
+        for lend in found:
+            prior = prior_of_rows(values) if lend else moderate.NONE
+            p = differences(values, [], np.zeros(12, dtype=bool), prior).p()[a, b]
+            found[lend].append((benjamini_hochberg(p) < 0.05)[apart].mean())
+    assert np.mean(found[True]) > least > np.mean(found[False]) + 0.15

@@ -11,7 +11,7 @@ import pandas as pd
 from ballast.results import Results
 from ballast.statistics import notes, power, stability
 from ballast.statistics.adjust import benjamini_hochberg, holm
-from ballast.statistics.crossed import Differences, differences
+from ballast.statistics.crossed import Differences, differences, prior_of_rows
 from ballast.statistics.front import Box, Front, front
 from ballast.statistics.points import COMPARED, Quantity, compared
 from ballast.statistics.ranks import rank_spans
@@ -90,7 +90,8 @@ def _with_base(quantity: Quantity) -> Differences:
     zeros = np.zeros((1, quantity.values.shape[1]))
     cubes = [(w, np.concatenate([x, np.zeros_like(x[:1])])) for w, x in quantity.cubes]
     itemed = np.append(quantity.itemed, quantity.based)
-    return differences(np.concatenate([quantity.values, zeros]), cubes, itemed)
+    values = np.concatenate([quantity.values, zeros])
+    return differences(values, cubes, itemed, prior_of_rows(quantity.values))
 
 
 def _pairs(rows: Rows, tests: dict[str, Differences]) -> pd.DataFrame:
@@ -174,6 +175,7 @@ def _facts(
         found[f"{name}.minimum_detectable"] = power.minimum_detectable(test)
         found[f"{name}.minimum_detectable_median"] = power.minimum_detectable(test, typical=True)
         found[f"{name}.noise_floor"], found[f"{name}.noise_pairs"] = floor, pairs
+        found[f"{name}.lent"] = float(test.lent.max(initial=0.0))
         found[f"{name}.itemed"] = int(quantities[name].itemed.sum())
         found[f"{name}.based"] = quantities[name].based
     return found

@@ -11,8 +11,9 @@ import pandas as pd
 
 from ballast.errors import BallastError, unknown
 from ballast.results import Results
-from ballast.statistics.crossed import differences
+from ballast.statistics.crossed import differences, prior_of_rows
 from ballast.statistics.items import TaskItems, compare_items, compare_means, task_items
+from ballast.statistics.moderate import Prior
 from ballast.statistics.points import COMPARED, Quantity, compared, itemed_task
 from ballast.statistics.rows import Rows, points_tasks, row_keys, rows_of
 
@@ -90,14 +91,13 @@ def _table(lines: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _rows(results: Results, base: str, target: str, a: str, b: str) -> Comparison:
     table = results.table
-    chosen = (table["base"] == base) & (table["target"] == target)
-    chosen &= np.isin(np.array(row_keys(table), dtype=object), [a, b])
-    rows = rows_of(table[chosen.to_numpy(bool)], base, target)
+    chosen = np.isin(np.array(row_keys(table), dtype=object), [a, b])
+    every, rows = rows_of(table, base, target), rows_of(table[chosen], base, target)
     at = rows.keys.index(a), rows.keys.index(b)
-    lines = [
-        _row_line(name, role, quantity, at)
-        for name, role, quantity in _row_quantities(rows, results.items)
-    ]
+    lines = []
+    for name, role, quantity in _row_quantities(rows, results.items):
+        column = name if role == "measure" else f"score.{name}"
+        lines.append(_row_line(name, role, quantity, at, prior_of_rows(every.values(column))))
     return Comparison(base, target, "rows", a, b, _table(lines))
 
 
@@ -111,12 +111,14 @@ def _row_quantities(rows: Rows, items: pd.DataFrame) -> Iterator[tuple[str, str,
         yield name, "measure", quantity
 
 
-def _row_line(name: str, role: str, quantity: Quantity, at: tuple[int, int]) -> dict[str, Any]:
+def _row_line(
+    name: str, role: str, quantity: Quantity, at: tuple[int, int], prior: Prior
+) -> dict[str, Any]:
     a, b = at
     values = quantity.values
     shared = ~np.isnan(values[a]) & ~np.isnan(values[b])
     line: dict[str, Any] = {"quantity": name, "role": role, "n_seeds": int(shared.sum())}
-    test = differences(values, quantity.cubes, quantity.itemed)
+    test = differences(values, quantity.cubes, quantity.itemed, prior)
     with_items = bool(quantity.itemed[[a, b]].all()) and bool(quantity.cubes)
     if shared.any():
         half = float(test.half()[a, b])
@@ -124,6 +126,7 @@ def _row_line(name: str, role: str, quantity: Quantity, at: tuple[int, int]) -> 
         line |= {"difference": test.mean[a, b], "p": test.p()[a, b]}
         line |= {"low": line["difference"] - half, "high": line["difference"] + half}
     known = "t test paired by seed and item" if with_items else "t test paired by seed"
+    known += ", moderated" if prior.df else ""
     line["test"] = known if shared.sum() > 1 else NO_TEST
     if with_items and shared.any():
         gaps = [x[a][shared].mean(axis=0) - x[b][shared].mean(axis=0) for _, x in quantity.cubes]

@@ -64,6 +64,12 @@ def _test(rows: pd.DataFrame, facts: dict[str, Any]) -> str:
         text += f"; {lacking} of {n} rows lack items and are compared by seed alone"
     if not all(facts[f"{name}.based"] for name in with_items):
         text += "; against the base by seed alone, as its items are not kept"
+    lent = [f"{name} {facts[f'{name}.lent']:.1f}" for name in COMPARED if facts[f"{name}.lent"]]
+    if lent:
+        text += (
+            ". Variances over seeds are moderated by those of the table's other pairs (empirical "
+            f"Bayes, Smyth 2004); degrees of freedom lent: {', '.join(lent)}"
+        )
     return text + "."
 
 
