@@ -632,7 +632,7 @@ def test_costs_are_relative_to_the_control_of_the_same_machine():
     ratios = found["relative.seconds.train"].tolist()
     assert ratios[:5] == [10 / 15, 20 / 15, 2, 1, 2]
     assert all(math.isnan(value) for value in ratios[5:])
-    assert found["control"].tolist()[:5] == ["lora-r8"] * 5
+    assert found["control"].tolist()[:5] == ["lora-r8"] * 3 + ["lora-r8@lab"] * 2
     assert found["control"].isna().tolist()[5:] == [True, True]
     assert found["control_n"].tolist()[:4] == [2, 2, 2, 1]
     assert found["to_control.E"].tolist()[2] == 10

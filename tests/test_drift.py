@@ -19,11 +19,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ballast import drift
 from ballast.anatomy import anatomy_of
 from ballast.declare import discover
 from ballast.decompositions import Decompositions
 from ballast.drift import generic, geometry, passes, stored
+from ballast.drift import measured as drift
 from ballast.drift.generic import Text, Texts
 from ballast.encoders import HeadTuner
 from ballast.errors import DataError

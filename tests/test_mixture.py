@@ -136,7 +136,7 @@ def test_a_whole_run_scores_each_task_and_edits_parents_of_both_targets(home):
     assert share["report"]["budget_parameters"] == int(
         0.2 * (share["costs"]["total_parameters"] - share["costs"]["trainable_parameters"])
     )
-    table = (home.root / "results/tiny/tables/tradeoff-tiny-both.md").read_text()
+    table = (home.root / "results/tiny/tables/tiny-both.md").read_text()
     row = next(line for line in table.splitlines() if "LoRA" in line)
     target = statistics.fmean(mixed["scores"][t]["value"] for t in ("tiny_learn", "tiny_other"))
     assert f"{target:.2f}" in row

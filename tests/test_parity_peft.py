@@ -322,7 +322,7 @@ def test_sculpt_density_after_training_is_the_density_asked_for(sculpt):
 def test_sculpt_keeps_the_largest_entries(sculpt):
     tuner, _ = sculpt()
     tensor = torch.tensor([[0.1, -3.0, 0.2], [2.0, 0.0, -0.3]])
-    assert tuner.method.largest(tensor, 1 / 3).tolist() == [
+    assert tuner.method.sculpted(tensor, 1 / 3).tolist() == [
         [False, True, False],
         [True, False, False],
     ]

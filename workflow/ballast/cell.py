@@ -288,7 +288,7 @@ class Work:
         """
         import torch
 
-        from ballast import drift
+        from ballast.drift import measured as drift
         from ballast.template import template_for
 
         if not (self.final and self.spec["evaluation"].get("drift", True)):
@@ -306,8 +306,8 @@ class Work:
     def _drift(self) -> dict[str, float | None]:
         import torch
 
-        from ballast import drift
         from ballast.decompositions import Decompositions
+        from ballast.drift import measured as drift
 
         if self.untouched is None:
             return {}
