@@ -31,7 +31,7 @@ from ballast.outcome import (
     ready_base,
     split_of,
 )
-from ballast.plan import read_plan
+from ballast.plan import row_of
 from ballast.records import validate_record
 
 ADAPTER, CHECKPOINT, CURVE = (
@@ -515,10 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     layout = Layout(options.root or Layout.here().root, options.results)
-    plan = read_plan(options.plan)
-    if options.cell not in plan.index:
-        raise SystemExit(f"{options.cell}: no such cell in {options.plan}")
-    row = plan.loc[options.cell].to_dict()
+    row = row_of(options.plan, options.cell)
     progress = Progress(row["id"])
     try:
         record = run_cell(row, layout, progress)

@@ -438,6 +438,14 @@ def write_plan(plan: pd.DataFrame, path: Path) -> None:
         plan.to_parquet(temporary, index=False)
 
 
+def row_of(path: Path, cell: str) -> dict[str, Any]:
+    """A cell's row of a plan's file. Raises SystemExit if the plan has no such cell."""
+    plan = read_plan(path)
+    if cell not in plan.index:
+        raise SystemExit(f"{cell}: no such cell in {path}")
+    return plan.loc[cell].to_dict()
+
+
 def read_plan(path: Path) -> pd.DataFrame:
     """Read a plan; cells by id as the index."""
     return pd.read_parquet(path).set_index("id", drop=False)

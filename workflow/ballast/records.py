@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from ballast import escape
 from ballast.errors import DataError
 from ballast.layout import Layout
 
@@ -30,8 +31,7 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 def one_line(text: str, longest: int = 300) -> str:
     """The text on one line without control characters, cut if long."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return escape.shorten(escape.one_line(text), longest)
 
 
 def validate_record(record: Any) -> None:

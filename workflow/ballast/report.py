@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ballast.figures.output import write_figures
 from ballast.results import Results
 from ballast.site import write_site
-from ballast.statistics.analysis import analyse
-from ballast.tables.output import places_of, write_tables
+from ballast.tables.output import write_tables
+from ballast.tables.summary import Place
 
 # Beside the tables; without it the next run makes them again, even if a stale cell's file is put
 # back.
@@ -16,13 +17,13 @@ COMPLETE = ".complete"
 
 
 def write_tables_and_figures(
-    results: Results, protocol: str | None, complete: bool = False
+    results: Results, places: Sequence[Place], protocol: str | None, complete: bool = False
 ) -> list[Path]:
     """Write tables/ and figures/ of a suite's folder; returns their paths.
 
-    protocol: the published table to compare with; complete: whether every cell has run.
+    places: of `places_of`; protocol: the published table to compare with; complete: whether every
+    cell has run.
     """
-    places = places_of(results)
     tables = results.folder / "tables"
     written = write_tables(results, tables, places, protocol)
     written += write_figures(places, results.folder / "figures")
@@ -33,7 +34,7 @@ def write_tables_and_figures(
     return written
 
 
-def write_pages(results: Results, protocol: str | None) -> list[Path]:
+def write_pages(results: Results, places: Sequence[Place], protocol: str | None) -> list[Path]:
     """Write leaderboard/index.html of a suite's folder and a page for each cell."""
-    analyses = {place: analyse(results, *place) for place in results.places()}
+    analyses = {(p.analysis.base, p.analysis.target): p.analysis for p in places}
     return write_site(results, analyses, results.folder / "leaderboard", protocol)

@@ -6,11 +6,13 @@ from ballast.layout import Layout
 from ballast.plan import read_plan
 from ballast.report import write_pages, write_tables_and_figures
 from ballast.results import read_results
+from ballast.tables.output import places_of
 
 suite = snakemake.config["suite"]
 plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
 results = read_results(Layout.here(), suite, plan, rates and Path(rates))
-write_tables_and_figures(results, snakemake.params.protocol)
-pages = write_pages(results, snakemake.params.protocol)
+places = places_of(results)
+write_tables_and_figures(results, places, snakemake.params.protocol)
+pages = write_pages(results, places, snakemake.params.protocol)
 lines = [f"{len(results.records)} records, {len(pages)} pages", *results.problems]
 Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

@@ -6,10 +6,14 @@ from ballast.layout import Layout
 from ballast.plan import read_plan
 from ballast.report import write_tables_and_figures
 from ballast.results import read_results
+from ballast.tables.output import places_of
 
 suite = snakemake.config["suite"]
 plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
 results = read_results(Layout.here(), suite, plan, rates and Path(rates))
-write_tables_and_figures(results, snakemake.params.protocol, complete=bool(snakemake.output))
+places = places_of(results)
+write_tables_and_figures(
+    results, places, snakemake.params.protocol, complete=bool(snakemake.output)
+)
 lines = [f"{len(results.records)} records", *results.problems]
 Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

@@ -23,7 +23,7 @@ from ballast.curves import (
 )
 from ballast.errors import BallastError
 from ballast.layout import Layout
-from ballast.plan import read_plan
+from ballast.plan import row_of
 from ballast.progress import Watcher
 from ballast.supervise import Orphaned, run_limited
 
@@ -53,7 +53,7 @@ def finish_curve(
 
     Returns the exit code of the job; limits are doubled by every retry, as those of cells.
     """
-    spec = json.loads(read_plan(plan).loc[cell, "spec"])
+    spec = json.loads(row_of(plan, cell)["spec"])
     points = points_of(settings_of(spec, kind))
     limits = {key: value * 2 ** (attempt - 1) for key, value in spec["limits"].items()}
     command = [sys.executable, "-m", "ballast.curves.curve_job", str(plan), cell, kind]
@@ -81,11 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     layout = Layout(options.root or Layout.here().root, options.results)
-    plan = read_plan(options.plan)
-    if options.cell not in plan.index:
-        raise SystemExit(f"{options.cell}: no such cell in {options.plan}")
+    row = row_of(options.plan, options.cell)
     try:
-        run_curve(plan.loc[options.cell].to_dict(), layout, options.kind)
+        run_curve(row, layout, options.kind)
     except BallastError as error:
         print(f"{options.cell}: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ballast.escape import shorten
 from ballast.statistics import seeds
 
 STATES = {
@@ -161,14 +162,10 @@ def status_note(bad: Iterable[tuple[str, str]]) -> str:
     for status, word in STATES.items():
         reasons = [reason for state, reason in bad if state == status]
         if reasons:
-            said = sorted({_short(reason) for reason in reasons} - {""})
+            said = sorted({shorten(reason, 80) for reason in reasons} - {""})
             why = f" ({'; '.join(said)})" if status == "failed" and said else ""
             parts.append(f"{len(reasons)} {word}{why}")
     return ", ".join(parts)
-
-
-def _short(text: str, longest: int = 80) -> str:
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
 def control_of(rows: Rows, control: str) -> str | None:
