@@ -31,6 +31,35 @@ CLASSES = 3  # of the tiny encoder's head
 METHODS = Path(__file__).resolve().parents[1] / "methods"
 
 
+LONG = {
+    "slurm": "a real SLURM on this machine (CONTRIBUTING, 'Long tests'): pytest --slurm",
+    "long": "many whole runs (CONTRIBUTING, 'Long tests'): pytest --long",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name, help in LONG.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"run the tests that need {help}")
+    parser.addoption("--trials", type=int, default=3, help="random trials of each fault test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long tests are run by their own options; they are not counted as skipped otherwise."""
+    left_out = [
+        item
+        for item in items
+        if any(item.get_closest_marker(name) and not config.getoption(name) for name in LONG)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest) -> int:
+    """How many random trials a fault test makes: few by default, hundreds with --trials."""
+    return request.config.getoption("trials")
+
+
 def _randomise(model: nn.Module) -> nn.Module:
     """Random non-zero values everywhere, norms and biases included, so that nothing is a no-op."""
     generator = torch.Generator().manual_seed(0)
