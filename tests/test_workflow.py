@@ -140,6 +140,15 @@ def test_a_second_run_says_that_nothing_is_to_be_done(home):
     assert home.times("run.json") == before
 
 
+def test_snakemakes_own_report_shows_tables_and_figures(home):
+    home.snakemake("--report", "report.html")
+    page = (home.root / "report.html").read_text()
+    for shown in ("Leaderboard", "Trade-off", "Rank sweep", "Mean ranks", "Forgetting"):
+        assert f'"{shown}"' in page
+    for file in ("leaderboard.md", "tradeoff.svg", "ranks-tiny-tiny_learn.svg"):
+        assert file in page
+
+
 def test_an_edited_method_file_reruns_only_its_own_cells(home):
     before, base = home.times("run.json"), home.root / "results/tiny/bases/tiny.json"
     ready = base.stat().st_mtime_ns
