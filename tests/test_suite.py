@@ -17,7 +17,7 @@ from ballast.errors import BallastError, SuiteError
 from ballast.layout import Layout
 from ballast.plan import make_plan
 from ballast.status import make_plan_file
-from ballast.suite import EVALUATION, LIMITS, TRAINING, TUNING, load_suite, read_suite
+from ballast.suite import EVALUATION, TRAINING, TUNING, load_suite, read_suite
 from ballast.tasks import read_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,7 +254,7 @@ def test_defaults_are_filled_in_and_the_callers_copy_is_left_alone():
     assert suite.config["ranks"] == [8]
     assert suite.config["modules"] == "all"
     assert suite.config["evaluation"] == EVALUATION
-    assert suite.config["limits"] == LIMITS
+    assert suite.config["limits"] == {}
     assert suite.config["tuning"] == TUNING
     assert suite.targets("micro-vlm") == {"vlm_digit": TRAINING}
 

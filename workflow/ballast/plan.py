@@ -15,7 +15,9 @@ from ballast.contents import named_files
 from ballast.declare import MethodFile
 from ballast.errors import DataError, SuiteError, unknown
 from ballast.files import key_of, key_of_files, replacing, sha256_file
+from ballast.forecast.bases import BaseSize, base_folder, base_size
 from ballast.layout import Layout, real_data
+from ballast.limits import base_limits, cell_limits
 from ballast.rates import chosen_rates
 from ballast.suite import Suite, applies, single_targets
 from ballast.tasks import read_tasks
@@ -29,7 +31,7 @@ VISION = "vision-language"
 
 # What a plan is made by, and where the sources of tasks and bases name files.
 PLANNERS = (
-    "budget", "contents", "declare", "plan", "rates", "sources", "suite", "tasks", "tune",
+    "budget", "contents", "declare", "limits", "plan", "rates", "sources", "suite", "tasks", "tune",
     "versions",
 )  # fmt: skip
 FILES = ("path", "train", "test", "images", "model", "tokenizer")
@@ -72,6 +74,8 @@ class _Base:
     spec: dict[str, Any]
     key: str
     tasks: dict[str, dict[str, Any]]  # by task: role, count and keys
+    size: BaseSize
+    limits: dict[str, Any]  # of making it ready
 
 
 def _end(spec: dict[str, Any]) -> dict[str, str]:
@@ -125,16 +129,17 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
     return entries
 
 
-def make_plan(suite: Suite) -> pd.DataFrame:
+def make_plan(suite: Suite, layout: Layout | None = None) -> pd.DataFrame:
     """All cells of a suite, trained ones first; columns as in `COLUMNS`.
 
+    layout: where bases that are ready lie; their limits follow from their files.
     Raises SuiteError for a post-hoc parent that is not in the suite.
     """
     rates = chosen_rates(suite)
     rows: list[dict[str, Any]] = []
     for name, spec in suite.config["bases"].items():
         try:
-            base = _Base(name, spec, base_key(spec), _task_entries(suite, name, spec))
+            base = _base(suite, name, spec, layout)
         except DataError as error:
             raise SuiteError(f"bases.{name}: {error}") from None
         trained = {t: _trained(suite, base, t, rates) for t in suite.targets(name)}
@@ -149,6 +154,20 @@ def make_plan(suite: Suite) -> pd.DataFrame:
         twice = plan.loc[plan["id"].duplicated(), "id"].iloc[0]
         raise SuiteError(f"two cells are the same: {twice}; are two variants equal?")
     return plan
+
+
+def _base(suite: Suite, name: str, spec: dict[str, Any], layout: Layout | None) -> _Base:
+    key, tasks = base_key(spec), _task_entries(suite, name, spec)
+    size = base_size(spec["source"], layout and base_folder(layout, name, key))
+    limits = base_limits(
+        spec["source"],
+        tasks,
+        list(suite.targets(name).values()),
+        suite.config["evaluation"]["batch_size"],
+        size,
+        suite.limits(name),
+    )
+    return _Base(name, spec, key, tasks, size, limits)
 
 
 def _left_out(suite: Suite, base: str) -> list[str]:
@@ -246,7 +265,7 @@ def _spec(
     """The frozen spec of a cell: everything that a person chose and that affects its numbers."""
     declaration = method.declaration
     members = suite.target_tasks(base.name, target)
-    return {
+    spec = {
         "suite": suite.name,
         "base": base.name,
         "target": target,
@@ -261,7 +280,7 @@ def _spec(
         "merges": declaration.merges,
         "family": declaration.family,
         "title": declaration.title,
-        "limits": suite.config["limits"],
+        "base_limits": base.limits,
         "curves": suite.config["curves"],
         "evaluation": suite.config["evaluation"],
         "source": base.spec["source"],
@@ -278,6 +297,7 @@ def _spec(
             if entry["role"] != "target" or name in members
         },
     }
+    return spec | {"limits": cell_limits(spec, base.size, suite.limits(base.name))}
 
 
 def _classes(suite: Suite, members: list[str]) -> dict[str, list[list[Any]]]:
@@ -288,7 +308,8 @@ def _classes(suite: Suite, members: list[str]) -> dict[str, list[list[Any]]]:
 
 # Settings that change neither a trained weight nor a score.
 _IDLE = (
-    "title", "family", "limits", "learning_rate_source", "tasks", "evaluation", "gate", "curves",
+    "title", "family", "limits", "base_limits", "learning_rate_source", "tasks", "evaluation",
+    "gate", "curves",
 )  # fmt: skip
 _IDLE_TRAINING = ("checkpoint_every", "threads", "device")
 
@@ -406,7 +427,8 @@ def plan_key(config: dict[str, Any], layout: Layout, folder: Path) -> str:
     """
     rates = config.get("learning_rates")
     package = Path(__file__).parent
-    paths = [layout.methods, layout.tasks, package / "worlds", package / "bases"]
+    paths = [layout.methods, layout.tasks]
+    paths += [package / name for name in ("worlds", "bases", "forecast")]
     paths += [package / f"{name}.py" for name in PLANNERS]
     paths += [folder / rates] if isinstance(rates, str) and (folder / rates).is_file() else []
     files = [p for path in paths for p in ([path] if path.is_file() else path.rglob("*"))]

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     request = read_json(options.request)
     try:
         suite = load_suite(request["config"], layout, Path(request["folder"]))
-        plan = make_plan(suite)
+        plan = make_plan(suite, layout)
         tune = make_tune_plan(suite, plan)
     except BallastError as error:
         print(error, file=sys.stderr)

@@ -48,7 +48,6 @@ EVALUATION = {
 }
 # Of an encoder's classification head; among the settings of targets that have one.
 HEAD_LEARNING_RATE = 1e-3
-LIMITS = {"minutes": 10.0, "memory_mb": 4000}
 TUNING: dict[str, Any] = {"factors": [0.3, 1.0, 3.0], "seeds": [100], "start": {}}
 
 # Checkpoints of a trajectory; positions of a rewind between the base (0) and the cell (1); test
@@ -95,6 +94,10 @@ class Suite:
     def seeds(self, base: str) -> list[int]:
         """Seeds of a base's cells: its own, or the suite's."""
         return self.config["bases"][base].get("seeds", self.config["seeds"])
+
+    def limits(self, base: str) -> dict[str, Any]:
+        """What is said of the limits of a base's cells: its own, or the suite's."""
+        return self.config["limits"] | self.config["bases"][base].get("limits", {})
 
     def kind(self, base: str) -> str:
         """Which of `declare.KINDS` a base is, by the tasks that it is given."""
@@ -187,7 +190,7 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
     config = copy.deepcopy(config)
     config["training"] = config.get("training", {})
     config["evaluation"] = EVALUATION | config.get("evaluation", {})
-    config["limits"] = LIMITS | config.get("limits", {})
+    config["limits"] = config.get("limits", {})
     config["tuning"] = TUNING | config.get("tuning", {})
     config["curves"] = CURVES | config.get("curves", {})
     config.setdefault("ranks", [] if "budgets" in config else [8])

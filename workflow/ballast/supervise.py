@@ -23,6 +23,7 @@ import psutil
 from ballast.errors import BallastError
 from ballast.files import read_json, write_json
 from ballast.layout import Layout
+from ballast.limits import limits_at
 from ballast.outcome import (
     BROKEN,
     OUT_OF_MEMORY,
@@ -176,11 +177,11 @@ def finish_cell(
     met and retries are left), or something outside the method is broken, as the log says.
     """
     row = read_plan(plan).loc[cell].to_dict()
-    limits = {k: v * 2 ** (attempt - 1) for k, v in json.loads(row["spec"])["limits"].items()}
+    minutes, memory_mb = limits_at(json.loads(row["spec"])["limits"], attempt)
     command = [sys.executable, "-m", "ballast.cell", str(plan), cell]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
     try:
-        end = run_limited(command, 60 * limits["minutes"], limits["memory_mb"], log, Watcher(cell))
+        end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell))
     except Orphaned as error:
         print(f"{cell}: {error}", file=log)
         return 1

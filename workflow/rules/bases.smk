@@ -8,8 +8,8 @@ rule base:
         "../../envs/ballast.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=base_limit(1),
+        runtime=base_limit(0),
         plan=str(PLAN_FILE),
         root=str(ROOT),
     params:

@@ -13,8 +13,8 @@ rule cell:
         "../../envs/ballast.yaml"
     threads: 1
     resources:
-        mem_mb=cell_memory,
-        runtime=cell_minutes,
+        mem_mb=cell_memory(PLAN),
+        runtime=cell_minutes(PLAN),
         attempt=attempt_number,
         retries=retries_allowed,
         plan=str(PLAN_FILE),

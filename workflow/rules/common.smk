@@ -11,8 +11,8 @@ from ballast.curves import curve_cells, points_of, settings_of
 from ballast.errors import BallastError
 from ballast.escape import file_names
 from ballast.layout import Layout
+from ballast.limits import limits_at
 from ballast.status import closing_text, make_plan_file, opening_text
-from ballast.suite import LIMITS
 
 if not config:
     raise WorkflowError(
@@ -114,7 +114,7 @@ def curve_settings(wildcards):
 
 def curve_minutes(wildcards, attempt):
     """Minutes to ask a cluster for: a cell's for training, and as much for every point."""
-    return cell_minutes(wildcards, attempt) * (1 + points_of(curve_settings(wildcards)))
+    return cell_minutes(PLAN)(wildcards, attempt) * (1 + points_of(curve_settings(wildcards)))
 
 
 def base_keys(wildcards):
@@ -127,14 +127,31 @@ def base_scores_keys(wildcards):
     return sorted(PLAN.loc[PLAN["base"] == wildcards.base, "eval_key"].unique())
 
 
-def cell_memory(wildcards, attempt):
-    """MiB to ask a cluster for: a cell's limit, doubled by every retry, and Snakemake's own part."""
-    return (LIMITS | config.get("limits", {}))["memory_mb"] * 2 ** (attempt - 1) + 1000
+def limits_of(table, wildcards):
+    """Limits of a cell of a table."""
+    return json.loads(table.loc[wildcards.cell, "spec"])["limits"]
 
 
-def cell_minutes(wildcards, attempt):
-    """Minutes to ask a cluster for: the supervisor must meet the cell's limit before it does."""
-    return math.ceil((LIMITS | config.get("limits", {}))["minutes"] * 2 ** (attempt - 1)) + 2
+def cell_memory(table):
+    """Resource: MiB to ask a cluster for, a cell's limit and Snakemake's own part."""
+    return lambda wildcards, attempt: limits_at(limits_of(table, wildcards), attempt)[1] + 1000
+
+
+def cell_minutes(table):
+    """Resource: minutes to ask a cluster for; the supervisor meets the cell's limit before."""
+    return (
+        lambda wildcards, attempt: math.ceil(limits_at(limits_of(table, wildcards), attempt)[0]) + 2
+    )
+
+
+def base_limit(place):
+    """Resource: minutes (place 0) or MiB (1) to ask a cluster for when a base is made ready."""
+
+    def of_base(wildcards, attempt):
+        spec = PLAN.loc[PLAN["base"] == wildcards.base, "spec"].iloc[0]
+        return math.ceil(limits_at(json.loads(spec)["base_limits"], attempt)[place])
+
+    return of_base
 
 
 def attempt_number(wildcards, attempt):

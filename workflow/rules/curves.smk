@@ -12,7 +12,7 @@ rule curve:
         "../../envs/ballast.yaml"
     threads: 1
     resources:
-        mem_mb=cell_memory,
+        mem_mb=cell_memory(PLAN),
         runtime=curve_minutes,
         attempt=attempt_number,
         plan=str(PLAN_FILE),

@@ -10,8 +10,8 @@ rule tune_cell:
         "../../envs/ballast.yaml"
     threads: 1
     resources:
-        mem_mb=cell_memory,
-        runtime=cell_minutes,
+        mem_mb=cell_memory(TUNE),
+        runtime=cell_minutes(TUNE),
         attempt=attempt_number,
         retries=retries_allowed,
         plan=str(PLAN_FILE.with_suffix(".tune.parquet")),

@@ -23,6 +23,7 @@ from ballast.curves import (
 )
 from ballast.errors import BallastError
 from ballast.layout import Layout
+from ballast.limits import limits_at
 from ballast.plan import row_of
 from ballast.progress import Watcher
 from ballast.supervise import Orphaned, run_limited
@@ -55,12 +56,12 @@ def finish_curve(
     """
     spec = json.loads(row_of(plan, cell)["spec"])
     points = points_of(settings_of(spec, kind))
-    limits = {key: value * 2 ** (attempt - 1) for key, value in spec["limits"].items()}
+    minutes, memory_mb = limits_at(spec["limits"], attempt)
     command = [sys.executable, "-m", "ballast.curves.curve_job", str(plan), cell, kind]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
-    seconds = 60 * limits["minutes"] * (1 + points)
+    seconds = 60 * minutes * (1 + points)
     try:
-        end = run_limited(command, seconds, limits["memory_mb"], log, Watcher(f"{cell} {kind}"))
+        end = run_limited(command, seconds, memory_mb, log, Watcher(f"{cell} {kind}"))
     except Orphaned as error:
         print(f"{cell}: {error}", file=log)
         return 1

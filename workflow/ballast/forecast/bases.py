@@ -1,0 +1,104 @@
+"""What is known of a base's network before any of its cells has run, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ballast.errors import DataError
+from ballast.files import read_json
+from ballast.forecast.architecture import WORLDS, Network, network
+from ballast.layout import Layout, real_data
+
+CONFIG = "config.json"
+HUB_SECONDS = 5.0  # how long to wait for the hub; a plan is made without it too
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """A base's network, or at least its parameter count, and where that was found.
+
+    network: None where no configuration can be read. parameters: exact where there is a network,
+    else read from the name ("...-7b"), else None. problem: why it is not exact, and what to do.
+    """
+
+    network: Network | None
+    parameters: float | None
+    origin: str
+    problem: str = ""
+
+
+def base_size(source: dict[str, Any], folder: Path | None = None) -> BaseSize:
+    """What can be known of a base's size now.
+
+    source: the suite's `source` of the base. folder: where it lies once it is ready, if anywhere.
+    A base of the hub that is not ready is asked for its config.json, kept by the hub's own cache.
+    """
+    try:
+        config, origin = _config(source, folder)
+        found = network(config)
+    except DataError as error:
+        guess = _named_size(source)
+        return BaseSize(None, guess, "its name" if guess else "nothing", str(error))
+    return BaseSize(found, found.parameters, origin)
+
+
+def base_folder(layout: Layout, name: str, key: str) -> Path:
+    """The transformers folder of a ready base."""
+    return layout.base(name, key) / "model"
+
+
+def _config(source: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], str]:
+    """A base's config.json as a dict, and where it comes from. Raises DataError."""
+    if folder is not None and (folder / CONFIG).is_file():
+        return read_json(folder / CONFIG), "the base's files"
+    if "path" in source:
+        path = real_data(source["path"]) / CONFIG
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a transformers folder is expected")
+        return _parsed(path), "the base's files"
+    if "world" in source:
+        return WORLDS[source["world"]], "the base's definition"
+    if "llama2c" in source:
+        raise DataError("a llama2c file says its size when it is converted")
+    return _fetched(source), "the hub"
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+
+
+def _fetched(source: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a model of the hub, from its cache or the hub itself."""
+    import huggingface_hub as hub
+
+    where = {"repo_id": source["hub"], "filename": CONFIG, "revision": source.get("revision")}
+    try:
+        path = hub.try_to_load_from_cache(**where)
+        if not isinstance(path, str):
+            if not hub.constants.is_offline_mode():
+                # Asked once first: the download itself tries for half a minute.
+                hub.utils.get_session().head(hub.hf_hub_url(**where), timeout=HUB_SECONDS)
+            path = hub.hf_hub_download(**where, etag_timeout=HUB_SECONDS)
+    except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
+        raise DataError(
+            f"{source['hub']}: cannot be reached ({type(error).__name__}); give the base a `path:` "
+            "to a local transformers folder, or `limits:` of its own"
+        ) from None
+    return _parsed(Path(path))
+
+
+def _named_size(source: dict[str, Any]) -> float | None:
+    """Parameters as a model's name tells them: 7e9 for "Llama-2-7b-hf", or None."""
+    name = str(source.get("hub", "")).rpartition("/")[2]
+    found = re.findall(r"(?<![0-9.])(\d+(?:\.\d+)?)([bBmMkK])(?![A-Za-z0-9])", name)
+    if not found:
+        return None
+    amount, unit = found[-1]
+    return float(amount) * {"b": 1e9, "m": 1e6, "k": 1e3}[unit.lower()]
