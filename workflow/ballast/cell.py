@@ -6,20 +6,23 @@ python -m ballast.cell PLAN CELL [--root ROOT] [--results RESULTS]
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import statistics
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ballast.quiet  # noqa: F401  (first: the libraries read its settings when imported)
 from ballast.costs import Phases, since_start
 from ballast.errors import BallastError, DataError, Diverged
-from ballast.files import read_json, sha256_file, write_json, write_text
+from ballast.files import read_json, remove_parts, sha256_file, write_text
 from ballast.layout import Layout
+from ballast.locks import held, inherited
 from ballast.outcome import (
     BROKEN,
     OUT_OF_MEMORY,
@@ -30,6 +33,7 @@ from ballast.outcome import (
     failed_record,
     ready_base,
     split_of,
+    write_record,
 )
 from ballast.plan import row_of
 from ballast.records import validate_record
@@ -516,29 +520,46 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     layout = Layout(options.root or Layout.here().root, options.results)
     row = row_of(options.plan, options.cell)
-    progress = Progress(row["id"])
+    progress, folder = Progress(row["id"]), cell_folder(row, layout)
+    try:
+        with nullcontext() if inherited() else held(folder, row["id"]):
+            remove_parts(folder)
+            remove_parts(layout.decompositions(row["base"], row["base_key"]))
+            return _recorded(row, layout, progress)
+    except (BallastError, OSError) as error:
+        progress.note(str(error))
+        return BROKEN
+
+
+def _recorded(row: dict[str, Any], layout: Layout, progress: Any) -> int:
+    """Run a cell and write its record, of success or of failure; returns the exit code.
+
+    Raises BallastError or OSError where what went wrong is not the cell's.
+    """
     try:
         record = run_cell(row, layout, progress)
     except Diverged as error:
         record = failed_record(row, layout, "diverged", str(error), 1)
     except DataError as error:
-        print(f"{row['id']}: {error}", file=sys.stderr)
+        progress.note(str(error))
         return BROKEN
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if _out_of_memory(error):
-            print(f"{row['id']}: out of memory: {error}", file=sys.stderr)
+            progress.note(f"out of memory: {error}")
             return OUT_OF_MEMORY
-        traceback.print_exc()
+        progress.note(traceback.format_exc())
         record = failed_record(row, layout, "raised", f"{type(error).__name__}: {error}", 1)
     validate_record(record)  # what no table can read must not count as done
-    write_json(cell_folder(row, layout) / RECORD, record)
+    write_record(row, layout, record)
     return RECORDED
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 

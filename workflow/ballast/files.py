@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -11,18 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PART = ".part"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces `path` when the block ends well.
 
     A reader sees the old file or the new one, never a part: the bytes are flushed to the disk
-    before the rename.
+    before the rename. What a killed process left of the same file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    remove_parts(path.parent, f".{glob.escape(path.name)}.*{PART}")
+    handle, temporary = _locked_part(path)
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -31,6 +35,26 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_part(path: Path) -> tuple[int, Path]:
+    """A new temporary file beside `path`, locked: while its writer lives, nobody removes it."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)
+
+
+def remove_parts(folder: Path, pattern: str = f"**/.*{PART}") -> None:
+    """Remove temporary files that killed processes left in `folder`; those in use stay."""
+    for part in folder.glob(pattern):
+        with contextlib.suppress(OSError), part.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

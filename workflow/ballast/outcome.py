@@ -11,11 +11,13 @@ from typing import Any
 
 from ballast import versions
 from ballast.errors import DataError
-from ballast.files import read_json
+from ballast.files import read_json, write_json
 from ballast.layout import Layout
 from ballast.tasks import Task, read_tasks
 
 RECORD = "run.json"
+# Stands in the folders that are made from a suite's records while they show every record.
+COMPLETE, MADE_OF_RECORDS = ".complete", ("tables", "leaderboard")
 # Exit codes by which a cell's process tells its supervisor what happened.
 RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
 
@@ -107,6 +109,17 @@ def failed_record(
     record |= {"status": "failed"}
     record["failure"] = {"kind": kind, "reason": line, "attempts": attempts}
     return record
+
+
+def write_record(row: dict[str, Any], layout: Layout, record: dict[str, Any]) -> None:
+    """Write a cell's record; what was made from the records before is complete no more.
+
+    Dates alone would not tell: a clock that was set back makes a new record look old.
+    """
+    spec = json.loads(row["spec"])
+    for folder in () if "folder" in spec else MADE_OF_RECORDS:
+        (layout.suite(spec["suite"]) / folder / COMPLETE).unlink(missing_ok=True)
+    write_json(cell_folder(row, layout) / RECORD, record)
 
 
 def cell_folder(row: dict[str, Any], layout: Layout) -> Path:

@@ -26,15 +26,16 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.first: int | None = None
         self.bar: tqdm | None = None
+        # Its own, whatever a method does with the process's.
+        self.stream = _copy_of_stderr()
         pipe = os.environ.get(PIPE)
         self.pipe = int(pipe) if pipe else None
+        self._tell("began\n")
 
     def step(self, step: int, total: int, loss: float) -> None:
         """One optimiser step done, with its loss."""
-        if self.pipe is not None:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self.pipe, f"{step} {total} {loss}\n".encode())
-        if self.pipe is None and sys.stderr.isatty():
+        self._tell(f"{step} {total} {loss}\n")
+        if self.pipe is None and self.stream.isatty():
             if self.bar is None:
                 self.bar = new_bar(self.label, total, step - 1, 0)
             move_bar(self.bar, step, loss)
@@ -50,7 +51,19 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line about the cell."""
-        print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+        print(f"{self.label}: {text}", file=self.stream, flush=True)
+
+    def _tell(self, text: str) -> None:
+        if self.pipe is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.pipe, text.encode())
+
+
+def _copy_of_stderr() -> IO[str]:
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w")
+    except (AttributeError, OSError, ValueError):  # a notebook's has no descriptor
+        return sys.stderr
 
 
 def new_bar(label: str, total: int, initial: int, position: int) -> tqdm:
@@ -83,6 +96,7 @@ class Watcher:
         self.bar: tqdm | None = None
         self.slot: IO[str] | None = None
         self.position = 0
+        self.began = False
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)
         # A child that outpaces a stopped supervisor must not wait for the pipe.
@@ -95,6 +109,7 @@ class Watcher:
             text = os.read(self.read, 1 << 20).decode()
         except BlockingIOError:
             return
+        self.began = self.began or bool(text)
         lines = [line.split() for line in text.splitlines()]
         complete = [line for line in lines if len(line) == 3]
         if not (complete and self.shown):

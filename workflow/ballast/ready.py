@@ -20,6 +20,7 @@ from ballast.data import check_overlaps, prepare_task
 from ballast.errors import DataError
 from ballast.files import read_json, write_json
 from ballast.layout import Layout
+from ballast.locks import held
 from ballast.tasks import Task
 
 Report = Callable[[str], None]
@@ -55,8 +56,24 @@ def make_ready(
 ) -> dict[str, Any]:
     """Make base, data and untouched scores; returns what cells need to know of them.
 
+    The base is held meanwhile: another suite that needs it waits, and finds it made.
     Raises DataError if a base pretrained here misses its gate, with all scores in the message.
     """
+    with held(layout.base(name, key), name, report):
+        return _ready(name, spec, key, entries, tasks, layout, report, batch_size, threads)
+
+
+def _ready(
+    name: str,
+    spec: dict[str, Any],
+    key: str,
+    entries: dict[str, dict[str, Any]],
+    tasks: dict[str, Task],
+    layout: Layout,
+    report: Report,
+    batch_size: int,
+    threads: int,
+) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from ballast.errors import DataError
 from ballast.figures.output import write_figures
+from ballast.outcome import COMPLETE
 from ballast.results import Results
 from ballast.site import write_site
 from ballast.tables.output import write_tables
 from ballast.tables.summary import Place
-
-# Beside the tables; without it the next run makes them again, even if a stale cell's file is put
-# back.
-COMPLETE = ".complete"
 
 
 def write_tables_and_figures(
@@ -22,19 +21,40 @@ def write_tables_and_figures(
     """Write tables/ and figures/ of a suite's folder; returns their paths.
 
     places: of `places_of`; protocol: the published table to compare with; complete: whether every
-    cell has run.
+    cell has run. Raises DataError if one has not.
     """
     tables = results.folder / "tables"
-    written = write_tables(results, tables, places, protocol)
-    written += write_figures(places, results.folder / "figures")
-    if complete:
-        (tables / COMPLETE).touch()
-    elif not results.table["status"].isin(["ok", "failed", "unplanned"]).all():
-        (tables / COMPLETE).unlink(missing_ok=True)
-    return written
+    with _marked(results, tables, complete):
+        written = write_tables(results, tables, places, protocol)
+        return written + write_figures(places, results.folder / "figures")
 
 
-def write_pages(results: Results, places: Sequence[Place], protocol: str | None) -> list[Path]:
-    """Write leaderboard/index.html of a suite's folder and a page for each cell."""
+def write_pages(
+    results: Results, places: Sequence[Place], protocol: str | None, complete: bool = False
+) -> list[Path]:
+    """Write leaderboard/index.html of a suite's folder and a page for each cell; see above."""
+    folder = results.folder / "leaderboard"
     analyses = {(p.analysis.base, p.analysis.target): p.analysis for p in places}
-    return write_site(results, analyses, results.folder / "leaderboard", protocol)
+    with _marked(results, folder, complete):
+        return write_site(results, analyses, folder, protocol)
+
+
+@contextmanager
+def _marked(results: Results, folder: Path, complete: bool) -> Iterator[None]:
+    """Leave a mark in a folder whose contents were written whole, from the records of all cells.
+
+    Without it the next run makes them again, even if nothing else tells that they are old.
+    """
+    done = results.table["status"].isin(["ok", "failed", "unplanned"])
+    if complete and not done.all():
+        cell = results.table.loc[~done].iloc[0]
+        raise DataError(
+            f"{cell['id']}: {cell['status']} when all cells had run; does another run work in "
+            "this folder? Run again"
+        )
+    mark = folder / COMPLETE
+    whole = complete or (mark.exists() and done.all())
+    mark.unlink(missing_ok=True)
+    yield
+    if whole:
+        mark.touch()

@@ -15,6 +15,7 @@ from ballast.errors import SuiteError
 from ballast.files import write_json
 from ballast.forecast import forecast_seconds
 from ballast.layout import Layout
+from ballast.orphans import tied_to
 from ballast.plan import plan_key
 from ballast.records import NAME, scan, status_of
 from ballast.suite import check_schema
@@ -36,7 +37,9 @@ def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Pa
         write_json(request, {"config": config, "folder": str(folder), "key": key})
         command = [sys.executable, "-m", "ballast.planning", str(request)]
         command += ["--root", str(root), "--results", str(results)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ, preexec_fn=tied_to(os.getpid())
+        )
     if done.returncode:
         raise SuiteError(done.stderr.strip() or f"planning ended with {done.returncode}")
     return path

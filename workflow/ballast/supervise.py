@@ -6,13 +6,15 @@ and writes the record that a killed child cannot write.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,75 +22,54 @@ from typing import IO, Any
 
 import psutil
 
-from ballast.errors import BallastError
-from ballast.files import read_json, write_json
+from ballast.errors import BallastError, DataError
 from ballast.layout import Layout
 from ballast.limits import limits_at
+from ballast.locks import INHERITED, held
+from ballast.orphans import MARK, kill_marked, kill_orphans, mark, marked, run_lives, tied_to
 from ballast.outcome import (
     BROKEN,
     OUT_OF_MEMORY,
     RECORD,
-    RECORDED,
     cell_folder,
     failed_record,
+    write_record,
 )
 from ballast.plan import read_plan
 from ballast.progress import PIPE, Watcher
+from ballast.records import read_path, status_of
 
 POLL = 0.5  # seconds between looks at the child
+# A log that grows beyond the first is cut to the second, both in bytes, and goes on.
+LOG_MOST, LOG_KEPT = 64 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
 class End:
-    """How a child ended: kind is None if it finished by itself, else oom, time or killed."""
+    """How a child ended: kind is None if it finished by itself, else oom, time or killed.
+
+    began: whether it said that it had its libraries and its work, and so fails on its own account.
+    """
 
     code: int
     kind: str | None
     reason: str
     peak_mb: float
+    began: bool = False
 
 
 class Orphaned(BallastError):
     """The process that started the supervisor is gone."""
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; runs in the child before exec."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _ancestors() -> list[psutil.Process]:
-    """The processes above this one up to the first Snakemake, or the direct parent alone."""
-    found: list[psutil.Process] = []
-    for process in psutil.Process().parents():
-        found.append(process)
-        try:
-            # The program itself: a shell that runs .snakemake/scripts/... only names it.
-            if "snakemake" in [Path(word).name for word in process.cmdline()[:3]]:
-                return found
-        except psutil.Error:
-            break
-    return found[:1]
-
-
-def _alive(process: psutil.Process) -> bool:
-    """Whether a process runs; one that nobody has waited for yet is dead all the same."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _resident_mb(process: psutil.Process) -> float:
-    """Resident memory of a process and its children, MiB."""
+    """Resident memory of a process and its descendants, also those that left it, MiB."""
+    members = {process.pid, *(child.pid for child in process.children(recursive=True))}
+    members |= marked(mark())
     total = 0
-    for member in [process, *process.children(recursive=True)]:
-        try:
-            total += member.memory_info().rss
-        except psutil.Error:
-            continue
+    for member in members:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(member).memory_info().rss
     return total / 2**20
 
 
@@ -98,22 +79,27 @@ def run_limited(
     memory_mb: float,
     output: IO[str] | None = None,
     watcher: Watcher | None = None,
+    lock: int | None = None,
 ) -> End:
     """Run a command to its end or to a limit; its output goes to `output` (None: inherited).
 
-    seconds: wall time; memory_mb: resident memory of the child and its children, MiB.
-    Raises Orphaned, with the child killed, if the process that started this one has died.
+    seconds: wall time; memory_mb: resident memory of the child and its children, MiB; lock: file
+    descriptor by which the child holds its folder (`locks.held`) for as long as it lives.
+    Nothing that the child started is left. Raises Orphaned, with the child killed, if the process
+    that started this one has died.
     """
-    ancestors, started, peak = _ancestors(), time.monotonic(), 0.0
-    pipe = {PIPE: str(watcher.write)} if watcher else {}
+    lives, started, peak = run_lives(), time.monotonic(), 0.0
+    passed = {PIPE: watcher.write} if watcher else {}
+    passed |= {} if lock is None else {INHERITED: lock}
+    bounded = _bounded(output)
     child = subprocess.Popen(
         command,
         stdout=output,
         stderr=output,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_die_with_parent,
-        pass_fds=(watcher.write,) if watcher else (),
-        env=os.environ | pipe,
+        preexec_fn=tied_to(os.getpid()),
+        pass_fds=tuple(passed.values()),
+        env=os.environ | {name: str(fd) for name, fd in passed.items()} | {MARK: mark()},
     )
     watched = psutil.Process(child.pid)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -126,29 +112,50 @@ def run_limited(
                 pass
             if watcher:
                 watcher.look()
-            try:
+            bounded()
+            with contextlib.suppress(psutil.Error):
                 peak = max(peak, _resident_mb(watched))
-            except psutil.Error:
-                continue
             if peak > memory_mb:
                 reason = f"used {peak:.0f} MiB, limit {memory_mb:.0f} MiB"
                 return End(_kill(child), "oom", reason, peak)
             if time.monotonic() - started > seconds:
                 reason = f"not finished after {seconds / 60:.3g} minutes, the limit"
                 return End(_kill(child), "time", reason, peak)
-            if not all(_alive(process) for process in ancestors):
+            if not lives():
                 raise Orphaned("the run that started this cell has ended")
     finally:
         _kill(child)
+        kill_marked(mark())
         signal.signal(signal.SIGTERM, handler)
         if watcher:
+            watcher.look()
             watcher.close()
+        bounded()
+    began = watcher is not None and watcher.began
     if code == OUT_OF_MEMORY:
-        return End(code, "oom", "an allocation failed: out of memory", peak)
+        return End(code, "oom", "an allocation failed: out of memory", peak, began)
     if code < 0:
         name = signal.Signals(-code).name
-        return End(code, "killed", f"killed by {name} at {peak:.0f} MiB", peak)
-    return End(code, None, "", peak)
+        return End(code, "killed", f"killed by {name} at {peak:.0f} MiB", peak, began)
+    return End(code, None, "", peak, began)
+
+
+def _bounded(output: IO[str] | None) -> Callable[[], None]:
+    """A function that cuts a log which has grown too long; its beginning and its end stay."""
+    if output is None or not hasattr(output, "fileno"):
+        return lambda: None
+    output.flush()
+    handle = output.fileno()
+    # All who write to it share this mode: after a cut they go on at the new end.
+    fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) | os.O_APPEND)
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            if os.fstat(handle).st_size > LOG_MOST:
+                os.ftruncate(handle, LOG_KEPT)
+                os.write(handle, b"\n[the log grew too long; what stood here was cut out]\n")
+
+    return cut
 
 
 def _kill(child: subprocess.Popen) -> int:
@@ -175,30 +182,73 @@ def finish_cell(
 
     0: a record was written, of success or of a failure that is a result. 1: try again (a limit was
     met and retries are left), or something outside the method is broken, as the log says.
+    The cell's folder is held meanwhile: another run on it waits, and finds the cell made.
     """
     row = read_plan(plan).loc[cell].to_dict()
+    lives = run_lives()
+
+    def check() -> None:
+        kill_orphans()
+        if not lives():
+            raise Orphaned("the run that started this cell has ended")
+
+    try:
+        kill_orphans()
+        with held(cell_folder(row, layout), cell, check=check) as lock:
+            return _finish(row, plan, layout, attempt, retries, log, lock)
+    except BallastError as error:
+        print(f"{cell}: {error}", file=log)
+        print(f"{cell}: {error}", file=sys.stderr)
+        return 1
+
+
+def _finish(
+    row: dict[str, Any],
+    plan: Path,
+    layout: Layout,
+    attempt: int,
+    retries: int,
+    log: IO[str],
+    lock: int,
+) -> int:
+    """`finish_cell` with the cell's folder held. Raises Orphaned."""
+    cell = row["id"]
+    path = cell_folder(row, layout) / RECORD
+    # Snakemake removed the record before this job: one that is there, another run has made since.
+    record = _current(row, path)
+    if record is not None:
+        print(f"{cell}: made by another run", file=sys.stderr)
+        return 0
     minutes, memory_mb = limits_at(json.loads(row["spec"])["limits"], attempt)
     command = [sys.executable, "-m", "ballast.cell", str(plan), cell]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
-    try:
-        end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell))
-    except Orphaned as error:
-        print(f"{cell}: {error}", file=log)
-        return 1
-    if end.kind is None:
-        if end.code == RECORDED:
-            print(_summary(read_json(cell_folder(row, layout) / RECORD)), file=sys.stderr)
+    end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell), lock)
+    kind, reason = end.kind, end.reason
+    if kind is None:
+        record = _current(row, path)
+        if record is not None:
+            print(_summary(record), file=sys.stderr)
             return 0
-        why = "bad data" if end.code == BROKEN else f"exit code {end.code}"
-        print(f"{cell}: {why}; see {log.name}", file=sys.stderr)
+        if not end.began or end.code == BROKEN:
+            why = "bad data" if end.code == BROKEN else f"exit code {end.code}"
+            print(f"{cell}: {why}; see {log.name}", file=sys.stderr)
+            return 1
+        # Not a limit that a larger one may mend: recorded at once, as an exception is.
+        kind, reason = "raised", f"the process ended with exit code {end.code} and no record"
+    print(f"{cell}: {kind}: {reason}, attempt {attempt}", file=log)
+    if attempt <= retries and kind != "raised":
         return 1
-    print(f"{cell}: {end.kind}: {end.reason}, attempt {attempt}", file=log)
-    if attempt <= retries:
-        return 1
-    record = failed_record(row, layout, end.kind, end.reason, attempt)
-    write_json(cell_folder(row, layout) / RECORD, record)
-    print(f"{cell}: {end.kind}: {end.reason}", file=sys.stderr)
+    write_record(row, layout, failed_record(row, layout, kind, reason, attempt))
+    print(f"{cell}: {kind}: {reason}", file=sys.stderr)
     return 0
+
+
+def _current(row: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The record of a cell if it is one of this plan."""
+    with contextlib.suppress(DataError):
+        record = read_path(path)
+        return record if status_of(row, record) in ("ok", "failed") else None
+    return None
 
 
 def _summary(record: dict[str, Any]) -> str:

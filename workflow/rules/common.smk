@@ -12,12 +12,15 @@ from ballast.errors import BallastError
 from ballast.escape import file_names
 from ballast.layout import Layout
 from ballast.limits import limits_at
+from ballast.orphans import announce_run
 from ballast.status import closing_text, make_plan_file, opening_text
 
 if not config:
     raise WorkflowError(
         "no suite: run from the folder of the Snakefile, or give --configfile config/SUITE.yaml"
     )
+
+announce_run()
 
 ROOT = Path(workflow.basedir)
 RESULTS = Path("results")

@@ -4,6 +4,8 @@ rule site:
         records=records_of(PLAN, f"{HOME}/cells"),
     output:
         f"{HOME}/leaderboard/index.html",
+        # Missing beside pages with stale cells.
+        f"{HOME}/leaderboard/.complete",
     log:
         f"{HOME}/logs/site.log",
     conda:

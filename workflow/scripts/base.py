@@ -6,9 +6,12 @@ from pathlib import Path
 from ballast.errors import BallastError
 from ballast.files import write_json
 from ballast.layout import Layout
+from ballast.orphans import end_with_run
 from ballast.plan import read_plan
 from ballast.ready import make_ready, spec_of_base
 from ballast.tasks import read_tasks
+
+end_with_run()
 
 with open(snakemake.log[0], "w", buffering=1) as log:
 

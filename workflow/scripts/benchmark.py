@@ -7,7 +7,10 @@ import torch
 from ballast.benchmark import Settings, write_benchmark
 from ballast.declare import discover
 from ballast.layout import Layout
+from ballast.orphans import end_with_run
 from ballast.records import scan
+
+end_with_run()
 
 layout = Layout(Path(snakemake.resources.root), Path("results"))
 torch.set_num_threads(snakemake.threads)

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 from ballast.curves import curve_cells, read_curves
+from ballast.orphans import end_with_run
 from ballast.plan import read_plan
 from ballast.records import scan
+
+end_with_run()
 
 home, kind = Path("results") / snakemake.config["suite"], snakemake.params.kind
 curves = read_curves(home, scan(home / "cells")[0])

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from ballast.errors import BallastError
 from ballast.keep import keep_suite
+from ballast.orphans import end_with_run
+
+end_with_run()
 
 folder = Path(snakemake.params.folder)
 rates = snakemake.params.rates and Path(snakemake.params.rates)

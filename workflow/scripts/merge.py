@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 from ballast.community import INCOMING, merge
+from ballast.orphans import end_with_run
+
+end_with_run()
 
 home = Path(snakemake.params.suite)
 report = merge(home / INCOMING, home)

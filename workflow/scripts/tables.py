@@ -3,17 +3,24 @@
 from pathlib import Path
 
 from ballast.layout import Layout
+from ballast.locks import held
+from ballast.orphans import end_with_run
 from ballast.plan import read_plan
 from ballast.report import write_tables_and_figures
 from ballast.results import read_results
 from ballast.tables.output import places_of
 
+end_with_run()
+
 suite = snakemake.config["suite"]
 plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
-results = read_results(Layout.here(), suite, plan, rates and Path(rates))
-places = places_of(results)
-write_tables_and_figures(
-    results, places, snakemake.params.protocol, complete=bool(snakemake.output)
-)
+layout = Layout.here()
+home = layout.suite(suite)
+with held(home, "tables", name=".tables.lock"):
+    results = read_results(layout, suite, plan, rates and Path(rates))
+    places = places_of(results)
+    write_tables_and_figures(
+        results, places, snakemake.params.protocol, complete=bool(snakemake.output)
+    )
 lines = [f"{len(results.records)} records", *results.problems]
 Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

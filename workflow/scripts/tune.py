@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from ballast.orphans import end_with_run
 from ballast.rates import read_rates
 from ballast.records import read_path
 from ballast.tune import write_rates, write_tuning
 from ballast.tune_plot import write_curves
+
+end_with_run()
 
 records = [read_path(Path(path)) for path in snakemake.input]
 table = Path(snakemake.output.table)

@@ -23,6 +23,7 @@ from ballast.escape import one_line, shorten
 from ballast.files import replacing
 from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.keep import CHANGES, ITEMS, RECORDS
+from ballast.locks import held
 from ballast.records import validate_record
 
 Record = dict[str, Any]
@@ -60,6 +61,11 @@ def merge(source: Path, suite: Path) -> Report:
     the others are merged. A record that is there already, by origin and id, is left alone: the same
     again is counted as known, another one is refused. Merging again changes no byte.
     """
+    with held(suite, "merge", name=".merge.lock"):
+        return _merged(source, suite)
+
+
+def _merged(source: Path, suite: Path) -> Report:
     report = Report(source)
     for file in _bundles(source):
         report.read += 1
