@@ -61,11 +61,6 @@ def merge(source: Path, suite: Path) -> Report:
     the others are merged. A record that is there already, by origin and id, is left alone: the same
     again is counted as known, another one is refused. Merging again changes no byte.
     """
-    with held(suite, "merge", name=".merge.lock"):
-        return _merged(source, suite)
-
-
-def _merged(source: Path, suite: Path) -> Report:
     report = Report(source)
     for file in _bundles(source):
         report.read += 1
@@ -76,7 +71,8 @@ def _merged(source: Path, suite: Path) -> Report:
                 raise DataError(
                     f"results of suite {bundle.suite!r}, not of {suite.resolve().name!r}"
                 )
-            refused = _take(bundle, suite / COMMUNITY, report)
+            with held(suite, "merge", name=".merge.lock"):
+                refused = _take(bundle, suite / COMMUNITY, report)
         except DataError as error:
             refused = [str(error)]
         report.refused += [f"{name}: {one_line(reason)}" for reason in refused]
