@@ -43,15 +43,19 @@ def start_of(process: int) -> str:
 
 
 def mark() -> str:
-    """The mark of this process, by which its descendants are known: id, start, namespace."""
+    """The mark of this process, by which its descendants are known: id, start, and where."""
     return f"{os.getpid()}-{start_of(os.getpid())}-{_namespace()}"
 
 
 @cache
 def _namespace() -> str:
-    """Where process ids have this process's meaning: another container has ids of its own."""
+    """Where process ids have this process's meaning: this boot of this machine, this container.
+
+    The first namespace has the same number on every machine, and environments travel to others.
+    """
     try:
-        return Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+        return boot + Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
     except OSError:
         return "0"
 
