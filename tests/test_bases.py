@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ballast.bases.build import READY, make_base
 from ballast.bases.llama2c import convert
 from ballast.errors import DataError
-from ballast.files import read_json, sha256_file
+from ballast.files import read_sealed, sha256_file
 from ballast.models import load_base, pick_device
 from conftest import BUILDERS
 
@@ -158,7 +158,8 @@ def test_a_base_is_downloaded_at_its_revision(hub, saved, tmp_path):
         assert made["model"] == str(model)
         assert {p.name for p in model.iterdir()} == set(made["files"]) == names
         assert made["files"] == {name: sha256_file(model / name) for name in names}
-        assert read_json(tmp_path / folder / READY) == made
+        assert read_sealed(tmp_path / folder / READY) == made
+        assert made["commit"] == REVISIONS["main" if folder == "latest" else "v1"]
     assert new["files"] == {name: sha256_file(saved / name) for name in names}
     assert old["files"] == commit["files"]
     assert {n for n in names if old["files"][n] != new["files"][n]} == {"config.json"}

@@ -245,7 +245,7 @@ def test_a_cells_file_has_the_columns_of_results():
 
 def test_items_of_many_cells_are_those_that_were_stored(cells):
     folder, records = cells
-    found = items_of(folder, records, check=True)
+    found = items_of(folder, records)
     assert found.attrs["problems"] == []
     assert list(found.columns) == list(ITEM_COLUMNS)
     assert {found[name].dtype.name for name in ("cell", "task", "subject")} == {"category"}
@@ -270,20 +270,21 @@ def test_damaged_and_missing_files_are_problems_and_the_rest_is_read(cells):
     assert set(found["cell"]) == {records[2]["id"]}
     damaged, missing = found.attrs["problems"]
     assert str(first) in damaged
-    assert "damaged" in damaged
+    assert "not the file that the record describes" in damaged
     assert str(second) in missing
     assert "cannot be read" in missing
     pd.DataFrame({"task": ["facts"], "item": [1]}).to_parquet(third)
+    own = sha256_file(third)
+    records[2]["files"][ITEMS] = own
     (only,) = items_of(folder, records[2:]).attrs["problems"]
     assert "damaged" in only
     assert len(items_of(folder, records)) == 0
 
 
-def test_hashes_are_compared_where_it_is_asked_for(cells):
+def test_another_cells_items_are_not_taken_for_its_own(cells):
     folder, records = cells
     write_items(cell_items(7), folder / records[0]["id"] / ITEMS)
-    assert items_of(folder, records).attrs["problems"] == []
-    (problem,) = items_of(folder, records, check=True).attrs["problems"]
+    (problem,) = items_of(folder, records).attrs["problems"]
     assert "not the file that the record describes" in problem
 
 
@@ -500,7 +501,7 @@ def test_a_cell_stores_its_items_beside_the_bases(ran, method):
     _, _, ready, found = ran
     made, folder = found[method]
     assert set(made["churn"]) == {"tiny_keep", "tiny_say", "tiny_learn"}  # no running text
-    items = items_of(folder.parent, [made], check=True)
+    items = items_of(folder.parent, [made])
     assert set(items["task"]) == {*made["churn"], "tiny_text"} == set(made["scores"])
     for task, part in items.groupby("task", observed=True):
         own = pd.read_parquet(folder / f"samples/{task}.parquet")
@@ -594,7 +595,7 @@ def test_cells_of_tune_have_no_churn(home):
     assert made["churn"] == {} == made["drift"]
     assert not (folder / ITEMS).exists()
     samples = {f"samples/{task}.parquet" for task in made["scores"]}
-    assert set(made["files"]) == {"adapter.safetensors", *samples}
+    assert set(made["files"]) == {"adapter.safetensors", "curve.csv", *samples}
     untouched = ready["tasks"]["tiny_learn"]["validation_scores"]
     assert untouched["n"] == made["scores"]["tiny_learn"]["n"] == 4
     assert "validation_scores" not in ready["tasks"]["tiny_keep"]

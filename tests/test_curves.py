@@ -31,7 +31,7 @@ from ballast.curves.points import chosen_rows, undisturbed
 from ballast.curves.rewind import move, run_rewind
 from ballast.curves.trajectory import checkpoint_steps, run_trajectory
 from ballast.errors import BallastError, SuiteError
-from ballast.files import write_json
+from ballast.files import read_sealed, write_json, write_sealed
 from ballast.layout import Layout
 from ballast.outcome import RECORD, failed_record
 from ballast.plan import make_plan
@@ -318,7 +318,7 @@ def test_a_curve_is_made_once_and_again_when_its_settings_change(home, written):
     assert not is_current(home.row("full_st", alphas=[0.4]), home.layout, "rewind")
     assert not is_current(row | {"eval_key": "other"}, home.layout, "rewind")
     first = written.read_bytes()
-    written.write_text(written.read_text().replace('"identical": true', '"identical": false'))
+    write_sealed(written, read_sealed(written) | {"identical": False})
     run_curve(row, home.layout, "rewind")
     assert b'"identical": false' in written.read_bytes()
     written.unlink()
@@ -327,9 +327,9 @@ def test_a_curve_is_made_once_and_again_when_its_settings_change(home, written):
 
 
 def edited(path, change) -> None:
-    curve = json.loads(path.read_text())
+    curve = read_sealed(path)
     change(curve)
-    path.write_text(json.dumps(curve))
+    path.write_text(json.dumps(curve))  # as an earlier version would have, without a checksum
 
 
 @pytest.mark.parametrize(

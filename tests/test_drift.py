@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from ballast.anatomy import anatomy_of
+from ballast.data import write_manifest
 from ballast.declare import discover
 from ballast.decompositions import Decompositions
 from ballast.drift import generic, geometry, passes, stored
@@ -595,6 +596,7 @@ def world(tmp_path, make_model):
             if kind == "llava":
                 features = torch.arange(3.0)[:, None, None].expand(3, 4, 32).contiguous()
                 save_file({"features": features}, tmp_path / name / "test.safetensors")
+            write_manifest(tmp_path / name, {"task": name})
         return base, folders, entries
 
     return make

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,8 +20,9 @@ from typing import Any
 
 import ballast.quiet  # noqa: F401  (first: the libraries read its settings when imported)
 from ballast.costs import Phases, since_start
-from ballast.errors import BallastError, DataError, Diverged
-from ballast.files import read_json, remove_parts, sha256_file, write_text
+from ballast.errors import BallastError, Damaged, DataError, Diverged
+from ballast.faults import fault_of
+from ballast.files import remove_parts, set_aside, sha256_file, write_text
 from ballast.layout import Layout
 from ballast.locks import held, inherited
 from ballast.outcome import (
@@ -36,7 +38,7 @@ from ballast.outcome import (
     write_record,
 )
 from ballast.plan import row_of
-from ballast.records import validate_record
+from ballast.records import not_finite, read_path
 
 ADAPTER, CHECKPOINT, CURVE = (
     "adapter.safetensors",
@@ -56,10 +58,14 @@ def run_cell(row: dict[str, Any], layout: Layout, report: Any) -> dict[str, Any]
     spec = json.loads(row["spec"])
     folder, ready = cell_folder(row, layout), ready_base(row, layout)
     work = Work(row, spec, layout, folder, ready, phases, report)
-    stored = work.stored()
-    if stored is None:
-        stored = work.train() if not row["posthoc"] else work.edit()
-    return work.score(stored)
+    try:
+        stored = work.stored()
+        if stored is None:
+            stored = work.train() if not row["posthoc"] else work.edit()
+        return work.score(stored)
+    finally:
+        if work.untouched is not None:
+            work.untouched.unlink(missing_ok=True)
 
 
 class Work:
@@ -79,7 +85,7 @@ class Work:
         self.ready, self.phases, self.report = ready, phases, report
         self.base: Any = None
         self.tuner: Any = None
-        self.untouched: Any = None
+        self.untouched: Path | None = None
 
     @property
     def final(self) -> bool:
@@ -95,9 +101,9 @@ class Work:
             return None
         try:
             tensors, about = read_tensors(path)
-        except DataError as error:
-            self.report.note(f"{error}; training again")
-            path.rename(path.with_suffix(".damaged"))
+        except Damaged as error:
+            self.report.note(f"{error}; set aside, training again")
+            set_aside(path)
             return None
         if about["train_key"] != self.row["train_key"]:
             return None
@@ -160,13 +166,14 @@ class Work:
         }
         lines = [f"{step},{loss:.6g}" for step, loss in enumerate(outcome.losses, 1)]
         write_text(self.folder / CURVE, "\n".join(["step,loss", *lines]) + "\n")
+        about["curve_sha256"] = sha256_file(self.folder / CURVE)
         return self._store(self.tuner.tensors(), about)
 
     def edit(self) -> dict[str, Any]:
         """Run a post-hoc method on the finished parents; nothing is trained."""
         from ballast.context import PostHoc
         from ballast.encoders import head_part
-        from ballast.tuner import WEIGHT, load_method
+        from ballast.tuner import WEIGHT, load_method, moment
 
         parents = [self._parent(name) for name in self.spec["parents"]]
         # A head belongs to its target: the method does not see it, the own parent's is kept.
@@ -192,7 +199,8 @@ class Work:
             examples=lambda parent, count: self._examples_of(parents[parent][1], count, heads),
         )
         with self.phases.phase("attach"):
-            weights = method.post_hoc(context)
+            with moment("post_hoc"):
+                weights = method.post_hoc(context)
             context.load(None)
         own = self.spec["target"]
         if heads[own]:
@@ -237,6 +245,12 @@ class Work:
                 scores = score_task(lm, tasks[name], folder, delimiter, split)
                 path = self.folder / "samples" / f"{name}.parquet"
                 write_items(scores, path)
+                bad = not_finite(scores.summary, "")
+                if bad:
+                    raise Diverged(
+                        f"{bad} of the tuned model on {name} is no finite number: its outputs "
+                        "overflow"
+                    )
                 record["scores"][name] = scores.summary
                 record["files"][f"samples/{name}.parquet"] = sha256_file(path)
                 compared |= {name: scores} if self.final else {}
@@ -247,6 +261,7 @@ class Work:
         record["churn"] = comparison.churn
         record["files"] |= comparison.store(self.folder)
         record["drift"] = self._drift()
+        self._check_base()
         for path in self.folder.glob(CHECKPOINT.format(key="*")):
             path.unlink()
         return self._complete(record, stored, scored)
@@ -266,6 +281,8 @@ class Work:
         record["curve"] = stored.get("curve")
         record["settings"]["scale"] = stored.get("scale")
         record["files"][ADAPTER] = stored["digest"]
+        if (self.folder / CURVE).is_file():
+            record["files"][CURVE] = stored.get("curve_sha256", sha256_file(self.folder / CURVE))
         record["costs"] = {
             "trainable_parameters": stored["trainable_parameters"],
             "total_parameters": stored["total_parameters"],
@@ -290,8 +307,6 @@ class Work:
 
         It waits in a file: in memory it would count as training's.
         """
-        import torch
-
         from ballast.drift import measured as drift
         from ballast.template import template_for
 
@@ -304,26 +319,33 @@ class Work:
             folders = {name: Path(self.ready["tasks"][name]["folder"]) for name in entries}
             texts = drift.texts(self.base, folders, entries, delimiter=delimiter)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.untouched = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
-            torch.save(drift.reference(self.base, texts), self.untouched)
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".untouched.", suffix=".part")
+            os.close(handle)
+            self.untouched = Path(name)
+            drift.write_reference(drift.reference(self.base, texts), self.untouched)
 
     def _drift(self) -> dict[str, float | None]:
-        import torch
-
         from ballast.decompositions import Decompositions
         from ballast.drift import measured as drift
 
         if self.untouched is None:
             return {}
+        path, self.untouched = self.untouched, None
         cache = Decompositions(self.layout.decompositions(self.spec["base"], self.row["base_key"]))
-        with self.phases.phase("drift"), self.untouched as file:
-            file.seek(0)
-            found = torch.load(file, weights_only=False)  # written above, by this process
+        with self.phases.phase("drift"):
+            found = drift.read_reference(path)
+            path.unlink()
             return drift.drift_of(found, self.base, Path(self.ready["model"]), cache=cache)
 
     def _store(self, tensors: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         from ballast.tensorfile import tensors_digest, write_tensors
 
+        bad = [name for name, value in tensors.items() if not _finite(value)]
+        if bad:
+            raise Diverged(
+                f"after the last step {len(bad)} of {len(tensors)} stored tensors hold NaN or "
+                f"infinite numbers, {bad[0]} the first; a smaller learning rate may help"
+            )
         about["total_parameters"] = sum(p.numel() for p in self.base.model.parameters())
         about |= {"digest": tensors_digest(tensors), "spec": self.row["spec"]}
         write_tensors(self.folder / ADAPTER, tensors, about)
@@ -337,9 +359,19 @@ class Work:
 
         training = self.spec["training"]
         torch.set_num_threads(training["threads"])
+        self._check_base()
         self.base = load_for(self.spec, Path(self.ready["model"]), training["device"])
         if self.base.multimodal:
             use_stored_features(self.base)
+
+    def _check_base(self) -> None:
+        """Raise DataError if the files of the base are not those that were made ready.
+
+        Files are read when the base is loaded, and again at the end if they have changed since.
+        """
+        from ballast.bases.build import check_unchanged
+
+        check_unchanged(self.ready, set_damaged_aside=True)
 
     def examples(self) -> Any:
         """Training examples of the cell's target, of all its tasks if it is a mixture."""
@@ -408,10 +440,18 @@ class Work:
         from ballast.tensorfile import read_tensors
 
         folder = self.layout.cell(self.spec["suite"], name)
-        record = read_json(folder / RECORD)
+        record = read_path(folder / RECORD)
         if record["status"] != "ok":
             raise BallastError(f"parent {name} failed: {record['failure']['reason']}")
-        tensors, about = read_tensors(folder / ADAPTER, record["files"][ADAPTER])
+        try:
+            tensors, about = read_tensors(folder / ADAPTER, record["files"][ADAPTER])
+        except Damaged as error:
+            set_aside(folder / ADAPTER)
+            set_aside(folder / RECORD)
+            raise Damaged(
+                f"{error}; it and its record are set aside as *.damaged, and the next run trains "
+                f"the parent {name} again"
+            ) from None
         spec = json.loads(about["spec"])
         weights = merged_weights(Path(self.ready["model"]), spec, self.layout, tensors)
         return weights, spec["target"]
@@ -489,6 +529,10 @@ def merged_weights(
     return {k: v.detach().cpu() for k, v in after.items() if not torch.equal(v, before[k])}
 
 
+def _finite(tensor: Any) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
 def _hyper(method: Any, spec: dict[str, Any]) -> Any:
     hyper = getattr(method, "Hyper", None)
     return hyper(**spec["hyper"]) if hyper else None
@@ -527,7 +571,7 @@ def main(arguments: list[str] | None = None) -> int:
             remove_parts(layout.decompositions(row["base"], row["base_key"]))
             return _recorded(row, layout, progress)
     except (BallastError, OSError) as error:
-        progress.note(str(error))
+        progress.fault(fault_of(error, layout.results) or str(error))
         return BROKEN
 
 
@@ -541,17 +585,26 @@ def _recorded(row: dict[str, Any], layout: Layout, progress: Any) -> int:
     except Diverged as error:
         record = failed_record(row, layout, "diverged", str(error), 1)
     except DataError as error:
-        progress.note(str(error))
+        progress.fault(str(error))
         return BROKEN
     except (Exception, SystemExit) as error:
         if _out_of_memory(error):
             progress.note(f"out of memory: {error}")
             return OUT_OF_MEMORY
+        fault = fault_of(error, layout.results)
+        if fault is not None:
+            progress.fault(fault)
+            return BROKEN
         progress.note(traceback.format_exc())
-        record = failed_record(row, layout, "raised", f"{type(error).__name__}: {error}", 1)
-    validate_record(record)  # what no table can read must not count as done
+        record = failed_record(row, layout, "raised", _reason(error), 1)
     write_record(row, layout, record)
     return RECORDED
+
+
+def _reason(error: BaseException) -> str:
+    """What a method raised and, as notes say, at which of its moments."""
+    moments = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+    return f"{moments}{type(error).__name__}: {error}"
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ballast.errors import DataError
+from ballast.errors import Damaged
+from ballast.files import set_aside
 from ballast.tensorfile import read_tensors, write_tensors
 
 ADAPTER, MOMENTS, RANDOM = "adapter/", "optimiser/", "random/"
@@ -93,8 +94,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         return None
     try:
         everything, about = read_tensors(path)
-    except DataError:
-        path.replace(path.with_name(f"{path.name}.damaged"))
+    except Damaged:
+        set_aside(path)
         return None
 
     def part(prefix: str) -> dict[str, Tensor]:

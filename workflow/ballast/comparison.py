@@ -9,9 +9,9 @@ import pandas as pd
 
 from ballast.churn import changes_of, churn_of
 from ballast.data import load_split
-from ballast.errors import DataError
+from ballast.errors import Damaged, DataError
 from ballast.evaluation import Scores, text_of_prediction, texts_of
-from ballast.files import sha256_file, write_json
+from ballast.files import set_aside, sha256_file, write_json
 from ballast.items import CHANGES, ITEMS, beside_base, write_items
 from ballast.tasks import Task
 
@@ -36,6 +36,12 @@ class Comparison:
             raise DataError(
                 f"{task.name}: the untouched base's items are missing ({path}); "
                 "remove the suite's bases/*.json and run again"
+            )
+        if "items_sha256" in ready and sha256_file(path) != ready["items_sha256"]:
+            set_aside(path)
+            raise Damaged(
+                f"{path}: damaged: the content does not fit its checksum; it is set aside as "
+                "*.damaged, and made again by the next run"
             )
         base = pd.read_parquet(path)
         items = beside_base(task.name, scores.items, base)

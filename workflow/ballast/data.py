@@ -1,11 +1,13 @@
 """Data of a base: rows rendered, tokenised and stored once, shared by all its cells.
 
 A task's folder holds one `datasets` table per split, features.safetensors per split for images, and
-manifest.json, written last: counts, what was dropped, fingerprints, the template's hash.
+manifest.json, written last: counts, what was dropped, fingerprints, the template's hash, and the
+SHA-256 of every file. A folder that does not fit it is set aside, never used.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -13,17 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ballast import sources
-from ballast.errors import DataError
-from ballast.files import read_json, write_json
+from ballast.errors import Damaged, DataError
+from ballast.files import (
+    read_json,
+    read_sealed,
+    set_aside,
+    sha256_file,
+    write_json,
+    write_sealed,
+    wrong_files,
+)
 from ballast.models import Base, tower_features
 from ballast.tasks import Task
 from ballast.template import GAP, Encoding, Template, template_for
 
-MANIFEST = "manifest.json"
+MANIFEST, IDENTITIES = "manifest.json", "identities.json"
 
 
 def identity(row: dict[str, Any]) -> str:
@@ -48,7 +59,11 @@ def prepare_task(
     Raises DataError for overlapping splits of generated data, and for rows of the wrong kind.
     """
     if (folder / MANIFEST).exists():
-        return read_json(folder / MANIFEST)
+        try:
+            check_data(folder)
+            return _told(read_sealed(folder / MANIFEST))
+        except Damaged as error:
+            report(f"{error}; made again now")
     base = load()
     if task.image and not base.multimodal:
         raise DataError(f"{task.name} shows images, but the base is a text model")
@@ -90,9 +105,75 @@ def prepare_task(
             manifest["template"] = encoding.digest()
         else:
             manifest["template"] = None if task.rolling else template.digest()
-    write_json(folder / "identities.json", identities)
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / IDENTITIES, identities)
+    write_manifest(folder, manifest)
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a folder's manifest with the hashes of all files that are there by now."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    write_sealed(folder / MANIFEST, manifest | {"files": files})
+
+
+def _told(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What records say of data: all but the files' hashes."""
+    return {key: value for key, value in manifest.items() if key != "files"}
+
+
+def check_data(folder: Path, split: str | None = None) -> None:
+    """Raise Damaged if a prepared folder, or a split of it, is not as it was made.
+
+    The folder is then set aside, so that the next run makes it again. Files are read once in a
+    process, unless they change. Folders of earlier versions have no hashes: their tables must have
+    the rows and the fingerprint, and their texts the hash, that the manifest says.
+    """
+    try:
+        _check_data(folder, split, _stamp(folder))
+    except Damaged as error:
+        set_aside(folder)
+        raise Damaged(
+            f"{error}; {folder} is set aside as *.damaged, and made again by the next run"
+        ) from None
+
+
+def _stamp(folder: Path) -> tuple[Any, ...]:
+    """Sizes and times of a folder's files. Raises Damaged if there is no such folder."""
+    if not folder.is_dir():
+        raise Damaged(f"{folder}: missing")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
+
+
+@functools.cache
+def _check_data(folder: Path, split: str | None, _: tuple[Any, ...]) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise Damaged(f"{folder / MANIFEST}: missing")
+    manifest = read_sealed(folder / MANIFEST)
+    files = manifest.get("files")
+    if files is None:
+        return _check_old(folder, manifest)
+    chosen = {
+        name: digest
+        for name, digest in files.items()
+        if split is None or name.startswith((f"{split}/", f"{split}."))
+    }
+    for name, problem in wrong_files(folder, chosen).items():
+        raise Damaged(f"{folder / name}: {problem}")
+
+
+def _check_old(folder: Path, manifest: dict[str, Any]) -> None:
+    try:
+        identities = read_json(folder / IDENTITIES)
+        for split, about in manifest["splits"].items():
+            table = datasets.load_from_disk(str(folder / split))
+            fits = (len(table), table._fingerprint) == (about["rows"], about["fingerprint"])
+            if not fits or _digest(identities[split]) != about["text_sha256"]:
+                raise Damaged(f"{folder / split}: not the data that the manifest describes")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())[:200]
+        raise Damaged(f"{folder}: damaged: {text}") from None
 
 
 def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
@@ -246,7 +327,7 @@ def check_overlaps(folders: dict[str, Path], targets: list[str]) -> None:
 
     folders: task folders by task. Raises DataError that names the tasks and an item.
     """
-    texts = {name: read_json(folder / "identities.json") for name, folder in folders.items()}
+    texts = {name: read_json(folder / IDENTITIES) for name, folder in folders.items()}
     for target in targets:
         train = set(texts[target].get("train", []))
         for name, splits in texts.items():
@@ -262,7 +343,11 @@ def check_overlaps(folders: dict[str, Path], targets: list[str]) -> None:
 
 
 def load_split(folder: Path, split: str) -> tuple[datasets.Dataset, Tensor | None]:
-    """A prepared split, and its image features if it has images."""
+    """A prepared split, and its image features if it has images.
+
+    Raises DataError if its files are missing or damaged (`check_data`).
+    """
+    check_data(folder, split)
     table = datasets.load_from_disk(str(folder / split))
     path = folder / f"{split}.safetensors"
     return table, load_file(path)["features"] if path.exists() else None

@@ -22,6 +22,10 @@ class DataError(BallastError):
     """Data or a base that is missing, damaged, or not what the suite says it is."""
 
 
+class Damaged(DataError):
+    """A file that is missing, or whose content is not what was written: to be made again."""
+
+
 class Diverged(BallastError):
     """Training left the numbers: a loss or gradient that is NaN or infinite."""
 

@@ -1,4 +1,8 @@
-"""Atomic writes, checksums and content keys: how anything reaches the disk."""
+"""Atomic writes, checksums and content keys: how anything reaches the disk, and is trusted again.
+
+JSON that is read back is sealed: it carries a checksum of its own content. Tables and other files
+stand with their SHA-256 in a sealed file beside them (a record's `files`, a manifest).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,19 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ballast.errors import Damaged, DataError
+
 PART = ".part"
+CHECKSUM = "checksum"
+DAMAGED = ".damaged"
+SUMS = ".checksums.json"  # of a folder: names and SHA-256 of what was written there
 
 
 @contextmanager
@@ -77,6 +87,112 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_small(path: Path) -> str:
+    """`sha256_file` for files that fit into memory; many times faster where there are many."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to `*.damaged`, over an older one; returns the new path.
+
+    One that another process has set aside already is no error.
+    """
+    aside = path.with_name(path.name + DAMAGED)
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        path.replace(aside)
+    return aside
+
+
+def checksum_of(value: Any) -> str:
+    """SHA-256 of JSON content, whatever its layout and the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, its checksum as the last key."""
+    # As it is read back: keys are texts then, and tuples lists.
+    value = json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    write_json(path, value | {CHECKSUM: checksum_of(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object as `write_sealed` was given it; one that an earlier version wrote has no seal.
+
+    Raises Damaged with one line that names the file, if it is missing, damaged or not JSON, and
+    DataError if it cannot be read.
+    """
+    return read_seal(path)[0]
+
+
+def read_seal(path: Path) -> tuple[dict[str, Any], bool]:
+    """`read_sealed`, and whether the content carried a checksum."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{path}: missing") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: damaged, not JSON: {text}") from None
+    if not isinstance(value, dict):
+        raise Damaged(f"{path}: damaged, not an object")
+    expected = value.pop(CHECKSUM, None)
+    if expected is None:
+        # A checksum whose own key is damaged is not one that was never there.
+        last = next(reversed(value.values()), None)
+        if isinstance(last, str) and len(last) == 64:
+            raise Damaged(f"{path}: damaged: its checksum cannot be read")
+        return value, False
+    try:
+        found = checksum_of(value)
+    except ValueError:  # NaN, which is never written
+        found = None
+    if found != expected:
+        raise Damaged(f"{path}: damaged: the content does not fit its checksum")
+    return value, True
+
+
+def forget_sums(folder: Path, name: str = SUMS) -> None:
+    """Remove a folder's checksums before its files are written anew: a run that is killed between
+    the files leaves a folder without checksums, not one that looks damaged."""
+    (folder / name).unlink(missing_ok=True)
+
+
+def write_sums(folder: Path, paths: Iterable[Path], name: str = SUMS) -> None:
+    """Write the SHA-256 of files below a folder into a sealed file there."""
+    sums = {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(paths)}
+    write_sealed(folder / name, {"files": sums})
+
+
+def wrong_files(folder: Path, sums: dict[str, str]) -> dict[str, str]:
+    """What is wrong by file, of those that `sums` names below a folder; empty if nothing is.
+
+    Raises OSError for a file that is there and cannot be read.
+    """
+    found = {}
+    for name, expected in sums.items():
+        try:
+            if sha256_file(folder / name) != expected:
+                found[name] = "damaged: the content does not fit its checksum"
+        except FileNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def check_sums(folder: Path, name: str = SUMS) -> None:
+    """Raise Damaged for the first file that is not as `write_sums` saw it.
+
+    A folder without such a file was written by an earlier version, and passes.
+    """
+    if (folder / name).is_file():
+        for file, problem in wrong_files(folder, read_sealed(folder / name)["files"]).items():
+            raise Damaged(f"{folder / file}: {problem}")
 
 
 def key_of(*parts: Any, length: int = 16) -> str:

@@ -95,19 +95,18 @@ def items_of(
     cells: Path,
     records: Iterable[dict[str, Any]],
     tasks: Iterable[str] | None = None,
-    check: bool = False,
 ) -> pd.DataFrame:
     """The stored items of many cells as one frame.
 
-    cells: the folder of the cells' folders; tasks: only these; check: compare the files with the
-    hashes in their records. Returns columns `cell` and those of SCHEMA (cell, task and subject as
-    categories), in the order of records, tasks and items. Records without items (failed ones, and
-    those scored before items were stored) have none; `attrs["problems"]` has a line for each file
-    that is missing or damaged.
+    cells: the folder of the cells' folders; tasks: only these. Returns columns `cell` and those of
+    SCHEMA (cell, task and subject as categories), in the order of records, tasks and items. Records
+    without items (failed ones, and those scored before items were stored) have none;
+    `attrs["problems"]` has a line for each file that is missing, damaged, or not the one whose hash
+    is in its record.
     """
     chosen = [record for record in records if ITEMS in record["files"]]
     with ThreadPoolExecutor() as pool:
-        read = list(pool.map(partial(_read, cells, tasks and set(tasks), check), chosen))
+        read = list(pool.map(partial(_read, cells, tasks and set(tasks)), chosen))
     tables = [table for table in read if isinstance(table, pa.Table)]
     problems = [found for found in read if isinstance(found, str)]
     schema = pa.schema([_CELL, *SCHEMA])
@@ -117,13 +116,11 @@ def items_of(
     return frame
 
 
-def _read(
-    cells: Path, tasks: set[str] | None, check: bool, record: dict[str, Any]
-) -> pa.Table | str:
+def _read(cells: Path, tasks: set[str] | None, record: dict[str, Any]) -> pa.Table | str:
     path = cells / record["id"] / ITEMS
     try:
         content = path.read_bytes()
-        if check and hashlib.sha256(content).hexdigest() != record["files"][ITEMS]:
+        if hashlib.sha256(content).hexdigest() != record["files"][ITEMS]:
             return f"{path}: not the file that the record describes"
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if table.schema != SCHEMA:

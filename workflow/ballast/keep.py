@@ -18,7 +18,15 @@ import pyarrow as pa
 
 from ballast import items
 from ballast.errors import DataError
-from ballast.files import read_json, replacing, sha256_file, write_text
+from ballast.files import (
+    check_sums,
+    forget_sums,
+    read_json,
+    replacing,
+    sha256_file,
+    write_sums,
+    write_text,
+)
 from ballast.rates import TABLE
 from ballast.records import scan, validate_record
 
@@ -58,6 +66,7 @@ def keep_suite(suite: Path, folder: Path, rates: Path | None = None) -> int:
         }
     )
     finished = [record for record in records if record["status"] == "ok"]
+    forget_sums(folder)
     with replacing(folder / ITEMS) as temporary:
         items.write_table(items.as_table(_items(cells, finished), SCHEMA), temporary)
     _write(table, folder / RECORDS)
@@ -67,11 +76,13 @@ def keep_suite(suite: Path, folder: Path, rates: Path | None = None) -> int:
         if path and path.is_file():
             write_text(folder / TABLE, path.read_text(encoding="utf-8"))
             break
+    names = (RECORDS, ITEMS, CHANGES, CURVES, TABLE)
+    write_sums(folder, [folder / name for name in names if (folder / name).is_file()])
     return len(records)
 
 
 def _items(cells: Path, records: list[dict[str, Any]]) -> pd.DataFrame:
-    found = items.items_of(cells, records, check=True)
+    found = items.items_of(cells, records)
     if found.attrs["problems"]:
         raise DataError(found.attrs["problems"][0])
     parts = [
@@ -148,8 +159,9 @@ def read_kept(folder: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """The records of a kept suite, and its items as `items.items_of` gives them.
 
     A suite kept by an earlier version has cell, task, item and score alone.
-    Raises DataError for a damaged record.
+    Raises DataError for a damaged file or record.
     """
+    check_sums(folder)
     records = [json.loads(text) for text in pd.read_parquet(folder / RECORDS)["record"]]
     for record in records:
         validate_record(record)

@@ -11,14 +11,16 @@ from typing import Any
 
 from ballast import versions
 from ballast.errors import DataError
-from ballast.files import read_json, write_json
+from ballast.files import read_sealed, write_sealed
 from ballast.layout import Layout
+from ballast.records import validate_record
 from ballast.tasks import Task, read_tasks
 
 RECORD = "run.json"
 # Stands in the folders that are made from a suite's records while they show every record.
 COMPLETE, MADE_OF_RECORDS = ".complete", ("tables", "leaderboard")
-# Exit codes by which a cell's process tells its supervisor what happened.
+# Exit codes by which a cell's process tells its supervisor what happened. BROKEN: data or a base is
+# not what it should be, or the machine failed (`faults`); neither is a result of the cell.
 RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
 
 
@@ -79,7 +81,8 @@ def blank_record(
         "drift": {},
         "files": {},
         "provenance": {
-            "base": {"source": spec["source"], "files": ready["files"]},
+            "base": {"source": spec["source"]}
+            | {key: ready[key] for key in ("commit", "files") if key in ready},
             "data": {name: ready["tasks"][name]["manifest"] for name in spec["tasks"]},
             "versions": {"train": versions.TRAIN, "evaluation": versions.EVALUATION},
         },
@@ -112,14 +115,16 @@ def failed_record(
 
 
 def write_record(row: dict[str, Any], layout: Layout, record: dict[str, Any]) -> None:
-    """Write a cell's record; what was made from the records before is complete no more.
+    """Check a cell's record and write it; what was made of the records before is complete no more.
 
     Dates alone would not tell: a clock that was set back makes a new record look old.
+    Raises DataError for a record that no table could read: it must not count as done.
     """
+    validate_record(record)
     spec = json.loads(row["spec"])
     for folder in () if "folder" in spec else MADE_OF_RECORDS:
         (layout.suite(spec["suite"]) / folder / COMPLETE).unlink(missing_ok=True)
-    write_json(cell_folder(row, layout) / RECORD, record)
+    write_sealed(cell_folder(row, layout) / RECORD, record)
 
 
 def cell_folder(row: dict[str, Any], layout: Layout) -> Path:
@@ -131,9 +136,18 @@ def cell_folder(row: dict[str, Any], layout: Layout) -> Path:
 def ready_base(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The base of a cell as `ready.make_ready` left it. Raises DataError if it is another one."""
     suite = json.loads(row["spec"])["suite"]
-    ready = read_json(layout.suite(suite) / "bases" / f"{row['base']}.json")
+    ready = read_sealed(layout.suite(suite) / "bases" / f"{row['base']}.json")
     if ready["base_key"] != row["base_key"]:
         raise DataError(f"base {row['base']} changed under the cell: plan and base disagree")
+    spec = json.loads(row["spec"])
+    for name, entry in spec["tasks"].items():
+        wanted = layout.data(row["base"], row["base_key"], name, entry["data_key"])
+        found = ready["tasks"].get(name)
+        if found is None or Path(found["folder"]).parts[-2:] != wanted.parts[-2:]:
+            raise DataError(
+                f"base {row['base']}: was not made ready with {name} as the plan wants it; remove "
+                f"{layout.suite(suite) / 'bases' / row['base']}.json and run again"
+            )
     return ready
 
 

@@ -14,7 +14,7 @@ from ballast import budget, sources, versions
 from ballast.contents import named_files
 from ballast.declare import MethodFile
 from ballast.errors import DataError, SuiteError, unknown
-from ballast.files import key_of, key_of_files, replacing, sha256_file
+from ballast.files import check_sums, key_of, key_of_files, replacing, sha256_file, write_sums
 from ballast.forecast.bases import BaseSize, base_folder, base_size
 from ballast.layout import Layout, real_data
 from ballast.limits import base_limits, cell_limits
@@ -455,9 +455,15 @@ def _data_stamp(config: dict[str, Any], layout: Layout) -> list[Any]:
 
 
 def write_plan(plan: pd.DataFrame, path: Path) -> None:
-    """Write a plan atomically as parquet."""
+    """Write a plan atomically as parquet, and its checksum beside it."""
     with replacing(path) as temporary:
         plan.to_parquet(temporary, index=False)
+    write_sums(path.parent, [path], sums_of(path))
+
+
+def sums_of(path: Path) -> str:
+    """Name of the file beside a plan that has its checksum."""
+    return f".{path.name}.json"
 
 
 def row_of(path: Path, cell: str) -> dict[str, Any]:
@@ -469,5 +475,6 @@ def row_of(path: Path, cell: str) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> pd.DataFrame:
-    """Read a plan; cells by id as the index."""
+    """Read a plan; cells by id as the index. Raises Damaged if it is not as it was written."""
+    check_sums(path.parent, sums_of(path))
     return pd.read_parquet(path).set_index("id", drop=False)

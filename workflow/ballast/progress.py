@@ -13,9 +13,12 @@ from typing import IO
 
 from tqdm import tqdm
 
+from ballast.escape import one_line
+
 LINE_EVERY = 10.0  # seconds between lines of a log
 PIPE = "BALLAST_PROGRESS"  # file descriptor to which a supervised cell tells its steps
 SLOTS = 64
+FAULT = "fault: "
 
 
 class Progress:
@@ -50,8 +53,16 @@ class Progress:
             self.note(f"step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
 
     def note(self, text: str) -> None:
-        """A line about the cell."""
-        print(f"{self.label}: {text}", file=self.stream, flush=True)
+        """A line about the cell; lost where the log's disk is full."""
+        with contextlib.suppress(OSError):
+            print(f"{self.label}: {text}", file=self.stream, flush=True)
+
+    def fault(self, text: str) -> None:
+        """Why the cell has no result, in a line that the supervisor shows, too."""
+        text = one_line(text)
+        self.note(text)
+        # Short enough that a pipe takes it as a whole.
+        self._tell(f"{FAULT}{text[:900]}\n")
 
     def _tell(self, text: str) -> None:
         if self.pipe is not None:
@@ -96,7 +107,7 @@ class Watcher:
         self.bar: tqdm | None = None
         self.slot: IO[str] | None = None
         self.position = 0
-        self.began = False
+        self.began, self.said = False, ""
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)
         # A child that outpaces a stopped supervisor must not wait for the pipe.
@@ -110,7 +121,9 @@ class Watcher:
         except BlockingIOError:
             return
         self.began = self.began or bool(text)
-        lines = [line.split() for line in text.splitlines()]
+        said = [line for line in text.splitlines() if line.startswith(FAULT)]
+        self.said = said[-1].removeprefix(FAULT) if said else self.said
+        lines = [line.split() for line in text.splitlines() if not line.startswith(FAULT)]
         complete = [line for line in lines if len(line) == 3]
         if not (complete and self.shown):
             return

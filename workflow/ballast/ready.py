@@ -15,16 +15,18 @@ from typing import Any
 import pandas as pd
 
 import ballast.quiet  # noqa: F401  (first: the libraries read its settings when imported)
-from ballast.bases.build import make_base
+from ballast.bases.build import WEIGHTS, make_base
 from ballast.data import check_overlaps, prepare_task
-from ballast.errors import DataError
-from ballast.files import read_json, write_json
+from ballast.errors import Damaged, DataError
+from ballast.files import read_seal, read_sealed, set_aside, sha256_file, write_sealed
 from ballast.layout import Layout
 from ballast.locks import held
+from ballast.records import NAME, not_finite
 from ballast.tasks import Task
 
 Report = Callable[[str], None]
 SCORES, VALIDATION, ITEMS = "scores.json", "validation.json", "items.parquet"
+DIGEST = "items_sha256"
 
 
 def spec_of_base(plan: pd.DataFrame, name: str) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def _ready(
 
     torch.set_num_threads(threads)
     made = make_base(spec, layout.base(name, key), report)
+    _check_cells(name, key, made, layout)
     folders = {
         task: layout.data(name, key, task, entry["data_key"]) for task, entry in entries.items()
     }
@@ -93,6 +96,8 @@ def _ready(
         "base": name,
         "base_key": key,
         "model": made["model"],
+        "source": made["source"],
+        **({"commit": made["commit"]} if "commit" in made else {}),
         "files": made["files"],
         "seconds": made["seconds"],
         "tasks": {
@@ -126,12 +131,13 @@ def _scores(
     for task, entry in entries.items():
         if "validation" in entry["sizes"]:
             files[task]["validation"] = VALIDATION
-    due = [
-        (task, split)
-        for task, own in files.items()
-        for split, file in own.items()
-        if not (places[task] / file).exists()
-    ]
+    found: dict[str, dict[str, Any]] = {task: {} for task in entries}
+    due = []
+    for task, own in files.items():
+        for split, file in own.items():
+            found[task][split] = _stored(places[task], task, file, report)
+            if found[task][split] is None:
+                due.append((task, split))
     if due:
         from ballast.evaluation import score_task, write_items
         from ballast.harness import language_model
@@ -146,25 +152,93 @@ def _scores(
         delimiter = "" if encoder else template_for(base.tokenizer, spec).delimiter
         for task, split in due:
             scores = score_task(lm, tasks[task], folders[task], delimiter, split)
+            kept = found[task][split] = dict(scores.summary)
             if split == "test":
                 write_items(scores, places[task] / ITEMS)
-            write_json(places[task] / files[task][split], scores.summary)
+                kept[DIGEST] = sha256_file(places[task] / ITEMS)
+            _check_finite(name, task, kept)
+            of = {"of": [task, files[task][split]]}
+            write_sealed(places[task] / files[task][split], of | kept)
             report(f"untouched, {task} {split}: {scores.summary['value']:.1f}")
-    return {
-        task: {"scores": read_json(place / SCORES), "items": str(place / ITEMS)}
-        | (
-            {"validation_scores": read_json(place / VALIDATION)}
-            if "validation" in files[task]
-            else {}
+    return {task: _entry(place, found[task]) for task, place in places.items()}
+
+
+def _entry(place: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What cells need of a task's scores: by split, and where its items are."""
+    made = {"scores": {k: v for k, v in found["test"].items() if k != DIGEST}}
+    made |= {"items": str(place / ITEMS)}
+    made |= {DIGEST: found["test"][DIGEST]} if DIGEST in found["test"] else {}
+    return made | ({"validation_scores": found["validation"]} if "validation" in found else {})
+
+
+def _stored(place: Path, task: str, file: str, report: Report) -> dict[str, Any] | None:
+    """Scores that an earlier run stored; None if there are none, or they or their items are
+    damaged, which are set aside."""
+    if not (place / file).exists():
+        return None
+    try:
+        found = read_sealed(place / file)
+        if found.pop("of", [task, file]) != [task, file]:
+            raise Damaged(f"{place / file}: holds the scores of another task")
+        if file == SCORES:
+            check_items(place / ITEMS, found)
+    except Damaged as error:
+        set_aside(place / file)
+        report(f"{error}; set aside, scored again")
+        return None
+    return found
+
+
+def check_items(path: Path, entry: dict[str, Any]) -> None:
+    """Raise Damaged if the untouched base's items are not those of its scores.
+
+    Scores of earlier versions do not say which file they belong to.
+    """
+    if not path.is_file():
+        raise Damaged(f"{path}: missing; the untouched base's items of a task")
+    if DIGEST in entry and sha256_file(path) != entry[DIGEST]:
+        raise Damaged(f"{path}: damaged: the content does not fit its checksum")
+
+
+def _check_cells(name: str, key: str, made: dict[str, Any], layout: Layout) -> None:
+    """Refuse a base of this key that has other weights than those that cells were trained from.
+
+    So it is where the folder of a base was removed and its source has moved on since.
+    """
+    weights = {k: v for k, v in made["files"].items() if k.endswith(WEIGHTS)}
+    for path in sorted(layout.results.glob(f"*/cells/{name}.*/{NAME}")):
+        try:
+            record, _ = read_seal(path)
+            files = record["provenance"]["base"]["files"]
+            if record["keys"]["base"] != key or record["identity"]["base"] != name:
+                continue
+        except (DataError, KeyError, TypeError):
+            continue  # tables name it
+        if {k: v for k, v in files.items() if k.endswith(WEIGHTS)} != weights:
+            raise DataError(
+                f"base {name}: its weights in {made['model']} are not those that finished cells "
+                f"were trained from ({path}); put the old ones back, name its revision, or remove "
+                "those cells"
+            )
+
+
+def _check_finite(name: str, task: str, scores: dict[str, Any]) -> None:
+    bad = not_finite(scores, "")
+    if bad:
+        raise DataError(
+            f"base {name}: {bad} of the untouched base on {task} is no finite number; its outputs "
+            "overflow"
         )
-        for task, place in places.items()
-    }
 
 
 def _load(folder: Path) -> Any:
     from ballast.models import load_base
 
-    return load_base(folder)
+    base = load_base(folder)
+    for name, value in base.model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise DataError(f"{folder}: the weight {name} holds NaN or infinite numbers")
+    return base
 
 
 def _check_gate(

@@ -6,7 +6,6 @@ half of a record.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import jsonschema
 import yaml
 
-from ballast import escape
-from ballast.errors import DataError
+from ballast import escape, versions
+from ballast.errors import Damaged, DataError
+from ballast.files import read_seal, sha256_small
 from ballast.layout import Layout
 
 NAME = "run.json"
@@ -83,15 +83,36 @@ def not_finite(value: Any, where: str) -> str:
 def read_path(path: Path) -> dict[str, Any]:
     """Read and check one record. Raises DataError with one line for a damaged or missing file."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record, sealed = read_seal(path)
+    except DataError as error:
+        raise DataError(one_line(str(error))) from None
+    # A sealed record was checked when it was written; thousands are read at once.
+    if sealed and record.get("format") == versions.RECORD:
+        return record
+    try:
         validate_record(record)
-    except OSError as error:
-        raise DataError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(one_line(f"{path}: damaged, not JSON: {error}")) from None
     except DataError as error:
         raise DataError(one_line(f"{path}: {error}")) from None
     return record
+
+
+def beside(folder: Path, record: dict[str, Any], name: str) -> Path | None:
+    """The file `name` beside a record in a cell's folder; None if the cell has none.
+
+    Raises Damaged if the record names it, and it is missing or another one. Records of earlier
+    versions do not name all of their files.
+    """
+    path, expected = folder / name, record["files"].get(name)
+    if expected is None:
+        return path if path.is_file() else None
+    try:
+        if sha256_small(path) == expected:
+            return path
+    except FileNotFoundError:
+        raise Damaged(one_line(f"{path}: missing")) from None
+    except OSError as error:
+        raise DataError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+    raise Damaged(one_line(f"{path}: damaged: not the file that the record describes"))
 
 
 def scan(cells_folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

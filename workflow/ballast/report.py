@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ballast.errors import DataError
 from ballast.figures.output import write_figures
+from ballast.files import SUMS, forget_sums, write_sums
 from ballast.outcome import COMPLETE
 from ballast.results import Results
 from ballast.site import write_site
@@ -26,7 +27,9 @@ def write_tables_and_figures(
     tables = results.folder / "tables"
     with _marked(results, tables, complete):
         written = write_tables(results, tables, places, protocol)
-        return written + write_figures(places, results.folder / "figures")
+        written += write_figures(places, results.folder / "figures")
+        write_sums(results.folder, written, f"tables/{SUMS}")
+        return written
 
 
 def write_pages(
@@ -36,7 +39,9 @@ def write_pages(
     folder = results.folder / "leaderboard"
     analyses = {(p.analysis.base, p.analysis.target): p.analysis for p in places}
     with _marked(results, folder, complete):
-        return write_site(results, analyses, folder, protocol)
+        written = write_site(results, analyses, folder, protocol)
+        write_sums(results.folder, written, f"leaderboard/{SUMS}")
+        return written
 
 
 @contextmanager
@@ -55,6 +60,7 @@ def _marked(results: Results, folder: Path, complete: bool) -> Iterator[None]:
     mark = folder / COMPLETE
     whole = complete or (mark.exists() and done.all())
     mark.unlink(missing_ok=True)
+    forget_sums(folder)
     yield
     if whole:
         mark.touch()

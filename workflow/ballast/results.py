@@ -13,15 +13,18 @@ import pandas as pd
 
 from ballast.community import read_community, revisions
 from ballast.curves import CURVE_COLUMNS, read_curves
+from ballast.errors import Damaged, DataError
+from ballast.files import check_sums
+from ballast.items import CHANGES, items_of
 from ballast.items import COLUMNS as ITEM_COLUMNS
-from ballast.items import items_of
 from ballast.keep import read_kept, read_kept_curves
 from ballast.layout import Layout
 from ballast.rates import TABLE, read_rates
-from ballast.records import scan
+from ballast.records import beside, scan
 from ballast.tables import tidy
 
 Record = dict[str, Any]
+BESIDE = (CHANGES, "curve.csv")  # what pages show of a cell
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ def read_results(
     items = items_of(home / "cells", records)
     curves = read_curves(home, records)
     problems += items.attrs["problems"] + curves.attrs["problems"]
+    problems += _wrong_beside(home / "cells", records)
     return Results(
         suite=suite,
         table=table,
         records={record["id"]: record for record in [*records, *others]},
         items=_joined(items, other_items),
         curves=curves,
-        rates=_rates(home / "tune" / TABLE, rates),
+        rates=_rates(home / "tune", rates, problems),
         folder=home,
         problems=tuple(problems),
     )
@@ -88,7 +92,7 @@ def kept_results(folder: Path) -> Results:
         table=tidy(records, None),
         records={record["id"]: record for record in records},
         items=items.reindex(columns=ITEM_COLUMNS),
-        rates=_rates(folder / TABLE),
+        rates=_rates(folder),
         **rest,
     )
 
@@ -102,6 +106,31 @@ def _joined(own: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     return whole.astype(dict.fromkeys(("cell", "task", "subject"), "category"))
 
 
-def _rates(*paths: Path | None) -> pd.DataFrame | None:
-    """The first of the tables that is there."""
-    return next((read_rates(path) for path in paths if path and path.is_file()), None)
+def _wrong_beside(cells: Path, records: list[Record]) -> list[str]:
+    """A line for each file that a page shows of a cell and that is damaged or gone."""
+    found = []
+    for record in records:
+        for name in BESIDE:
+            try:
+                beside(cells / record["id"], record, name)
+            except DataError as error:
+                found.append(f"{error}; the cell's page goes without it")
+    return found
+
+
+def _rates(
+    folder: Path, other: Path | None = None, problems: list[str] | None = None
+) -> pd.DataFrame | None:
+    """The table of learning rates of a folder, or else `other`; None if there is neither.
+
+    problems: takes a line for a damaged one, which is left out; without it, Damaged is raised.
+    """
+    try:
+        if (folder / TABLE).is_file():
+            check_sums(folder)
+            return read_rates(folder / TABLE)
+    except Damaged as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
+    return read_rates(other) if other and other.is_file() else None

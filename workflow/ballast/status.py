@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from ballast.errors import SuiteError
-from ballast.files import write_json
+from ballast.errors import Damaged, SuiteError
+from ballast.files import set_aside, write_json
 from ballast.forecast import forecast_seconds
 from ballast.layout import Layout
 from ballast.orphans import tied_to
-from ballast.plan import plan_key
+from ballast.plan import plan_key, read_plan, sums_of
 from ballast.records import NAME, scan, status_of
 from ballast.suite import check_schema
 
@@ -30,7 +30,7 @@ def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Pa
     check_schema(config, layout)
     key = plan_key(config, layout, folder)
     path = layout.plan(config["suite"], key)
-    if path.exists():
+    if _is_whole(path) and _is_whole(path.with_suffix(".tune.parquet")):
         return path
     with tempfile.TemporaryDirectory() as place:
         request = Path(place) / "suite.json"
@@ -43,6 +43,19 @@ def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Pa
     if done.returncode:
         raise SuiteError(done.stderr.strip() or f"planning ended with {done.returncode}")
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a plan is there and can be trusted; a damaged one is set aside, to be made again."""
+    if not path.exists() or not path.with_name(sums_of(path)).exists():
+        return False
+    try:
+        read_plan(path)
+    except Damaged as error:
+        print(f"{error}; the plan is made again", file=sys.stderr)
+        set_aside(path)
+        return False
+    return True
 
 
 def statuses(plan: pd.DataFrame, layout: Layout, suite: str) -> pd.Series:

@@ -40,6 +40,7 @@ from ballast.progress import PIPE, Watcher
 from ballast.records import read_path, status_of
 
 POLL = 0.5  # seconds between looks at the child
+UNFLUSHED = 120  # Python's exit code where its last lines could not be written
 # A log that grows beyond the first is cut to the second, both in bytes, and goes on.
 LOG_MOST, LOG_KEPT = 64 << 20, 1 << 20
 
@@ -48,7 +49,8 @@ LOG_MOST, LOG_KEPT = 64 << 20, 1 << 20
 class End:
     """How a child ended: kind is None if it finished by itself, else oom, time or killed.
 
-    began: whether it said that it had its libraries and its work, and so fails on its own account.
+    began: whether it said that it had its libraries and its work, and so fails on its own account;
+    said: its own word that data, the base or the machine failed, which is no result.
     """
 
     code: int
@@ -56,6 +58,7 @@ class End:
     reason: str
     peak_mb: float
     began: bool = False
+    said: str = ""
 
 
 class Orphaned(BallastError):
@@ -137,7 +140,7 @@ def run_limited(
     if code < 0:
         name = signal.Signals(-code).name
         return End(code, "killed", f"killed by {name} at {peak:.0f} MiB", peak, began)
-    return End(code, None, "", peak, began)
+    return End(code, None, "", peak, began, watcher.said if watcher else "")
 
 
 def _bounded(output: IO[str] | None) -> Callable[[], None]:
@@ -229,9 +232,9 @@ def _finish(
         if record is not None:
             print(_summary(record), file=sys.stderr)
             return 0
-        if not end.began or end.code == BROKEN:
+        if end.said or not end.began or end.code in (BROKEN, UNFLUSHED):
             why = "bad data" if end.code == BROKEN else f"exit code {end.code}"
-            print(f"{cell}: {why}; see {log.name}", file=sys.stderr)
+            print(f"{cell}: {end.said or f'{why}; see {log.name}'}", file=sys.stderr)
             return 1
         # Not a limit that a larger one may mend: recorded at once, as an exception is.
         kind, reason = "raised", f"the process ended with exit code {end.code} and no record"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ballast.errors import DataError
+from ballast.errors import Damaged, DataError
 from ballast.files import replacing
 
 
@@ -44,17 +44,19 @@ def _sha256(text: str) -> str:
 def read_tensors(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], Any]:
     """Tensors and metadata of a file.
 
-    Raises DataError if the file is truncated, its content does not fit its checksum, or the
-    checksum is not the `expected` one of a record.
+    Raises Damaged if the file is missing or truncated, its content does not fit its checksum, or
+    the checksum is not the `expected` one of a record; DataError if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except (SafetensorError, FileNotFoundError) as error:
+        raise Damaged(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     digest, text = tensors_digest(tensors), metadata.get("about", "")
     whole = digest == metadata.get("sha256") and _sha256(text) == metadata.get("about_sha256")
     if not whole or (expected is not None and digest != expected):
-        raise DataError(f"{path}: the content does not fit its checksum; it is damaged")
+        raise Damaged(f"{path}: the content does not fit its checksum; it is damaged")
     return tensors, json.loads(text)

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +58,16 @@ def load_method(path: Path) -> ModuleType:
         raise MethodError(f"{path.name}: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def moment(name: str) -> Iterator[None]:
+    """A method at work: what it raises carries the name of its moment as a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise
+
+
 class Tuner:
     """One method on one model, from a frozen base to a stored, restored or merged result."""
 
@@ -66,8 +78,8 @@ class Tuner:
     def start(self) -> None:
         """Attach, calibrate and initialise a fresh cell."""
         self._attach()
-        for moment in ("calibrate", "initialise"):
-            self._run(moment)
+        for name in ("calibrate", "initialise"):
+            self._run(name)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Attach without initialising and put stored tensors in place.
@@ -175,9 +187,12 @@ class Tuner:
                 parameter.data = parameter.data.float()
         self.ctx.trained = tuple(self.ctx.trainable())
 
-    def _run(self, moment: str) -> Any:
-        function = getattr(self.method, moment, None)
-        return function(self.ctx) if function is not None else None
+    def _run(self, name: str) -> Any:
+        function = getattr(self.method, name, None)
+        if function is None:
+            return None
+        with moment(name):
+            return function(self.ctx)
 
     def _live(self) -> dict[str, Tensor]:
         """Trainable parameters and adapters' buffers, live."""

@@ -1,18 +1,20 @@
 # The plan of the suite and look-ups in it; nothing here imports torch or a method.
 import json
 import math
+import sys
 from pathlib import Path
 
-import pandas as pd
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from ballast.curves import curve_cells, points_of, settings_of
+from ballast.damage import set_aside_damaged
 from ballast.errors import BallastError
 from ballast.escape import file_names
 from ballast.layout import Layout
 from ballast.limits import limits_at
 from ballast.orphans import announce_run
+from ballast.plan import read_plan
 from ballast.status import closing_text, make_plan_file, opening_text
 
 if not config:
@@ -35,13 +37,19 @@ validate(config, str(ROOT / "workflow/schemas/suite.schema.yaml"), set_default=F
 
 SUITE = config["suite"]
 HOME = f"results/{SUITE}"
-PLAN = pd.read_parquet(PLAN_FILE).set_index("id", drop=False)
-TUNE = pd.read_parquet(PLAN_FILE.with_suffix(".tune.parquet")).set_index("id", drop=False)
+PLAN = read_plan(PLAN_FILE)
+TUNE = read_plan(PLAN_FILE.with_suffix(".tune.parquet"))
 # The table of learning rates that the suite names, if it does.
 RATES = "learning_rates" in config and str(SUITE_FOLDER / config["learning_rates"])
 PLACES = file_names(sorted(set(zip(PLAN["base"], PLAN["target"]))))
 # Name of a figure of each base and target, its caption in workflow/report/, and its heading there.
 FIGURES = {"ranks": "Rank sweep", "difference": "Mean ranks", "forgetting": "Forgetting"}
+
+
+# Jobs that Snakemake starts read this file too; they find things as this process left them.
+if workflow.is_main_process:
+    for line in set_aside_damaged(PLAN, TUNE, Layout(ROOT, RESULTS), SUITE):
+        print(line, file=sys.stderr)
 
 
 wildcard_constraints:

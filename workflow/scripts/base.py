@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from ballast.errors import BallastError
-from ballast.files import write_json
+from ballast.faults import told_in_one_line
+from ballast.files import write_sealed
 from ballast.layout import Layout
 from ballast.orphans import end_with_run
 from ballast.plan import read_plan
@@ -13,22 +13,20 @@ from ballast.tasks import read_tasks
 
 end_with_run()
 
-with open(snakemake.log[0], "w", buffering=1) as log:
+name = snakemake.wildcards.base
+with (
+    told_in_one_line(name),
+    open(snakemake.log[0], "w", buffering=1) as log,
+    told_in_one_line(name, log),
+):
 
     def report(line: str) -> None:
         print(line, file=log)
-        print(f"{snakemake.wildcards.base}: {line}", file=sys.stderr, flush=True)
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
 
     layout = Layout(Path(snakemake.resources.root), Path("results"))
     plan = read_plan(Path(snakemake.resources.plan))
-    try:
-        ready = make_ready(
-            **spec_of_base(plan, snakemake.wildcards.base),
-            tasks=read_tasks(layout.tasks),
-            layout=layout,
-            report=report,
-        )
-    except BallastError as error:
-        report(f"error: {error}")
-        sys.exit(1)
-    write_json(Path(snakemake.output[0]), ready)
+    ready = make_ready(
+        **spec_of_base(plan, name), tasks=read_tasks(layout.tasks), layout=layout, report=report
+    )
+    write_sealed(Path(snakemake.output[0]), ready)

@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
+from ballast.faults import told_in_one_line
 from ballast.layout import Layout
 from ballast.supervise import finish_cell
 
-with open(snakemake.log[0], "w", buffering=1) as log:
+with told_in_one_line(snakemake.wildcards.cell), open(snakemake.log[0], "w", buffering=1) as log:
     code = finish_cell(
         plan=Path(snakemake.resources.plan),
         cell=snakemake.wildcards.cell,

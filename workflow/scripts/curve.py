@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from ballast.curves.curve_job import finish_curve
+from ballast.faults import told_in_one_line
 from ballast.layout import Layout
 
-with open(snakemake.log[0], "w", buffering=1) as log:
+with told_in_one_line(snakemake.wildcards.cell), open(snakemake.log[0], "w", buffering=1) as log:
     code = finish_curve(
         plan=Path(snakemake.resources.plan),
         cell=snakemake.wildcards.cell,

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ballast.errors import BallastError
+from ballast.faults import told_in_one_line
 from ballast.keep import keep_suite
 from ballast.orphans import end_with_run
 
@@ -11,10 +11,7 @@ end_with_run()
 
 folder = Path(snakemake.params.folder)
 rates = snakemake.params.rates and Path(snakemake.params.rates)
-try:
+with told_in_one_line("keep"):
     line = f"{folder}: {keep_suite(Path(snakemake.params.suite), folder, rates)} records kept"
-except BallastError as error:
-    line = f"error: {error}"
-Path(snakemake.log[0]).write_text(line + "\n")
-print(line, file=sys.stderr)
-sys.exit(line.startswith("error"))
+    Path(snakemake.log[0]).write_text(line + "\n")
+    print(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ballast.faults import told_in_one_line
 from ballast.layout import Layout
 from ballast.locks import held
 from ballast.orphans import end_with_run
@@ -13,13 +14,17 @@ from ballast.tables.output import places_of
 end_with_run()
 
 suite = snakemake.config["suite"]
-plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
 layout = Layout.here()
 home = layout.suite(suite)
-with held(home, "tables", name=".tables.lock"), held(home, "site", name=".site.lock"):
+with (
+    told_in_one_line("leaderboard"),
+    held(home, "tables", name=".tables.lock"),
+    held(home, "site", name=".site.lock"),
+):
+    plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
     results = read_results(layout, suite, plan, rates and Path(rates))
     places = places_of(results)
     write_tables_and_figures(results, places, snakemake.params.protocol)
     pages = write_pages(results, places, snakemake.params.protocol)
-lines = [f"{len(results.records)} records, {len(pages)} pages", *results.problems]
-Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")
+    lines = [f"{len(results.records)} records, {len(pages)} pages", *results.problems]
+    Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

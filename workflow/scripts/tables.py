@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ballast.faults import told_in_one_line
 from ballast.layout import Layout
 from ballast.locks import held
 from ballast.orphans import end_with_run
@@ -13,14 +14,14 @@ from ballast.tables.output import places_of
 end_with_run()
 
 suite = snakemake.config["suite"]
-plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
 layout = Layout.here()
 home = layout.suite(suite)
-with held(home, "tables", name=".tables.lock"):
+with told_in_one_line("tables"), held(home, "tables", name=".tables.lock"):
+    plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
     results = read_results(layout, suite, plan, rates and Path(rates))
     places = places_of(results)
     write_tables_and_figures(
         results, places, snakemake.params.protocol, complete=bool(snakemake.output)
     )
-lines = [f"{len(results.records)} records", *results.problems]
-Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")
+    lines = [f"{len(results.records)} records", *results.problems]
+    Path(snakemake.log[0]).write_text("\n".join(lines) + "\n")

@@ -9,50 +9,150 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ballast.errors import DataError
-from ballast.files import read_json, sha256_file, write_json
+from ballast.errors import Damaged, DataError
+from ballast.files import read_sealed, set_aside, sha256_file, write_sealed, wrong_files
 from ballast.layout import real_data
 
 READY = "base.json"
+WEIGHTS = ".safetensors"
+# Files of a model's folder that make it what it is; of these some are read without being named.
+READ = (WEIGHTS, ".json", ".jinja", ".model", ".txt")
+UNNAMED = READ[:3]
 Report = Callable[[str], None]
 
 
 def make_base(spec: dict[str, Any], folder: Path, report: Report) -> dict[str, Any]:
     """Make the base in `folder` unless it is there; returns {"model", "files", "seconds", ...}.
 
-    `model` is a transformers folder; `files` has the SHA-256 of its weights and settings.
-    Raises DataError for a source that cannot be reached or is not safetensors.
+    `model` is a transformers folder; `files` has the SHA-256 of its weights and settings; `commit`
+    is the hub's, where it comes from there. A base whose files are damaged is made again, from the
+    same commit, and must become the same.
+    Raises DataError for a source that cannot be reached or is not safetensors, for a user's own
+    folder that has changed, and for a base that was made again and is another one.
     """
-    if (folder / READY).exists():
-        return read_json(folder / READY)
+    before = _stored(folder / READY, spec["source"], report)
+    if before is not None:
+        changed = changed_files(before)
+        if not changed:
+            return before
+        name, problem = next(iter(changed.items()))
+        if "path" in before["source"]:
+            raise DataError(changed_text(before, changed))
+        report(f"{before['model']}/{name}: {problem}; the base is made again")
     started = time.perf_counter()
     source = spec["source"]
     model = folder / "model"
+    commit = before.get("commit") if before else None
     if "path" in source:
         model = real_data(source["path"]).resolve()
     else:
         part = folder / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _fill(source, part, report)
+        commit = _fill(source | ({"revision": commit} if commit else {}), part, report) or commit
+        if before is not None:
+            _check_same(before, part)
         shutil.rmtree(model, ignore_errors=True)
         part.replace(model)
     if not model.is_dir():
         raise DataError(f"{model}: is not a folder; a transformers folder is expected")
-    names = sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
-    if not any(p.suffix == ".safetensors" for p in names):
+    names = sorted(p for p in model.iterdir() if p.suffix in READ)
+    if not any(p.suffix == WEIGHTS for p in names):
         raise DataError(f"{model}: no .safetensors file; other formats of weights are not read")
     made = {
         "model": str(model),
         "source": source,
+        **({"commit": commit} if commit else {}),
         "files": {p.name: sha256_file(p) for p in names},
         "seconds": time.perf_counter() - started,
     }
-    write_json(folder / READY, made)
+    write_sealed(folder / READY, made)
     return made
 
 
-def _fill(source: dict[str, Any], folder: Path, report: Report) -> None:
+def _stored(path: Path, source: dict[str, Any], report: Report) -> dict[str, Any] | None:
+    """What an earlier run noted of the base; a damaged or another base's note is set aside."""
+    if not path.exists():
+        return None
+    try:
+        made = read_sealed(path)
+        if made["source"] != source:
+            raise Damaged(f"{path}: holds another base")
+        return made
+    except Damaged as error:
+        set_aside(path)
+        report(f"{error}; set aside, the base is made again")
+        return None
+
+
+def changed_files(made: dict[str, Any]) -> dict[str, str]:
+    """What is wrong by file, where a base's folder is not as it was when it was made ready.
+
+    A file that has come since counts too, if transformers would read it by itself.
+    """
+    model, files = Path(made["model"]), made["files"]
+    if not model.is_dir():
+        return {"": "missing"}
+    new = {p.name for p in model.iterdir() if p.suffix in UNNAMED} - set(files)
+    return wrong_files(model, files) | dict.fromkeys(sorted(new), "is new")
+
+
+@functools.cache
+def _changed_once(model: str, files: tuple[tuple[str, str], ...], _: Any) -> dict[str, str]:
+    return changed_files({"model": model, "files": dict(files)})
+
+
+def check_unchanged(ready: dict[str, Any], set_damaged_aside: bool = False) -> None:
+    """Raise DataError if a ready base's files are not as they were; read once while unchanged.
+
+    ready: what `make_base` or `ready.make_ready` returned. A damaged file of a base that was made
+    here is set aside, so that the next run makes the base again; a user's own folder is left alone.
+    """
+    model = Path(ready["model"])
+    if not model.is_dir():
+        raise DataError(changed_text(ready, {"": "missing"}))
+    stats = [(path.name, path.stat()) for path in sorted(model.iterdir())]
+    stamp = tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
+    changed = _changed_once(str(model), tuple(ready["files"].items()), stamp)
+    if not changed:
+        return
+    text = changed_text(ready, changed)
+    if set_damaged_aside and "path" not in ready.get("source", {"path": ""}):
+        for name in changed:
+            set_aside(model / name)
+        text += "; set aside as *.damaged, and the next run makes the base again"
+    raise DataError(text)
+
+
+def changed_text(made: dict[str, Any], changed: dict[str, str]) -> str:
+    """One line about a base that is no longer the one of its cells, and what to do."""
+    name, problem = next(iter(changed.items()))
+    where = Path(made["model"]) / name
+    problem = problem.replace("damaged: the content does not", "changed: the content does not")
+    more = f" ({len(changed)} files in all)" if len(changed) > 1 else ""
+    if "path" in made.get("source", {"path": ""}):
+        return (
+            f"{where}: {problem}{more}; the base changed since it was made ready: put the old file "
+            "back, or give the changed base a folder of its own"
+        )
+    return f"{where}: {problem}{more}"
+
+
+def _check_same(before: dict[str, Any], folder: Path) -> None:
+    """Refuse a base that was made again with other weights: its finished cells would not fit."""
+    for name, digest in before["files"].items():
+        if name.endswith(WEIGHTS) and not (
+            (folder / name).is_file() and sha256_file(folder / name) == digest
+        ):
+            raise DataError(
+                f"{before['model']}: its weights are damaged, and made again {name} is another "
+                "file (another machine, or a changed source); put the old file back, or remove "
+                f"{Path(before['model']).parent} and the cells of this base"
+            )
+
+
+def _fill(source: dict[str, Any], folder: Path, report: Report) -> str | None:
+    """Make the transformers folder; returns the hub's commit, where it comes from there."""
     if source.get("world") == "micro-lm":
         from ballast.bases import micro_lm
 
@@ -72,7 +172,8 @@ def _fill(source: dict[str, Any], folder: Path, report: Report) -> None:
         files = source["llama2c"]
         llama2c.convert(fetch(files["model"]), fetch(files["tokenizer"]), folder)
     else:
-        _download(source, folder, report)
+        return _download(source, folder, report)
+    return None
 
 
 def _fetch(source: dict[str, Any], name: str) -> Path:
@@ -92,8 +193,11 @@ def _unreachable(what: str, error: Exception) -> DataError:
     )
 
 
-def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
-    """Fetch a model of the hub at its revision: weights as safetensors, settings, tokenizer."""
+def _download(source: dict[str, Any], folder: Path, report: Report) -> str | None:
+    """Fetch a model of the hub at its revision: weights as safetensors, settings, tokenizer.
+
+    Returns the commit that the revision stood for, as the downloader noted it beside the files.
+    """
     from huggingface_hub import snapshot_download
 
     report(f"downloading {source['hub']} at {source.get('revision', 'main')}")
@@ -106,4 +210,7 @@ def _download(source: dict[str, Any], folder: Path, report: Report) -> None:
         )
     except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
         raise _unreachable(source["hub"], error) from None
+    notes = sorted((folder / ".cache/huggingface/download").glob("*.metadata"))
+    commits = {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commits.pop() if len(commits) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from typer.main import get_command
 from ballast.commands import peft, read, share, tools, work
 from ballast.errors import BallastError
 from ballast.escape import one_line
+from ballast.faults import fault_of
 
 RUN, READ, SHARE, TOOLS = "Run", "Read results", "Share results", "Tools"
 
@@ -67,6 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
         # What still lies in the buffer would be an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        text = fault_of(error, Path("results"))
+        if text is None:
+            raise
+        print(f"ballast: {text}", file=sys.stderr)
+        return 2
 
 
 def _text(error: Exception) -> str:

@@ -14,6 +14,7 @@ from ballast.community import read_community_changes
 from ballast.files import read_json
 from ballast.items import CHANGES
 from ballast.keep import read_kept_changes
+from ballast.records import beside
 from ballast.results import Results
 from ballast.statistics.analysis import COMPARED, analyse
 from ballast.statistics.rows import row_keys
@@ -144,8 +145,10 @@ def _tasks(row: pd.Series, record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _changed(results: Results, cell: str, kept: Path | None) -> dict[str, dict[str, list[Any]]]:
     """Items gained and forgotten, by task and kind, wherever they are stored."""
     if results.folder is not None:
-        path = results.folder / "cells" / cell / CHANGES
-        if path.is_file():
+        record = results.records.get(cell)
+        folder = results.folder / "cells" / cell
+        path = beside(folder, record, CHANGES) if record and ":" not in cell else None
+        if path is not None:
             return read_json(path)
         if ":" not in cell:
             return {}

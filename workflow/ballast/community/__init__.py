@@ -20,7 +20,7 @@ from ballast.community.bundle import Bundle, check_origin, read_bundle, write_bu
 from ballast.community.bundle_tables import CHANGE_COLUMNS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
-from ballast.files import replacing
+from ballast.files import check_sums, forget_sums, replacing, write_sums
 from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.keep import CHANGES, ITEMS, RECORDS
 from ballast.locks import held
@@ -28,6 +28,7 @@ from ballast.records import validate_record
 
 Record = dict[str, Any]
 INCOMING, COMMUNITY = "incoming", "community"
+AGAIN = "remove this folder and merge its bundles again"
 pack = write_bundle
 
 
@@ -102,6 +103,7 @@ def _take(bundle: Bundle, community: Path, report: Report) -> list[str]:
     if new:
         extra = bundle.items[bundle.items["cell"].isin(new)]
         changes = bundle.changes[bundle.changes["cell"].isin(new)]
+        forget_sums(folder)
         if len(changes):
             _write(pd.concat([_changes(folder, records), changes]), folder / CHANGES)
         _write_origin(folder, records | new, _joined(items, extra))
@@ -170,6 +172,8 @@ def _write_origin(folder: Path, records: dict[str, Record], items: pd.DataFrame)
     tables = {ITEMS: items, RECORDS: pd.DataFrame({"id": names, "record": texts})}
     for name, table in tables.items():
         _write(table, folder / name)
+    written = [folder / name for name in (CHANGES, *tables) if (folder / name).is_file()]
+    write_sums(folder, written)
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
@@ -202,6 +206,7 @@ def read_community_changes(suite: Path) -> pd.DataFrame:
 def _read_origin(folder: Path) -> tuple[dict[str, Record], pd.DataFrame]:
     """What was merged from one origin. Raises DataError with the file's name if it is damaged."""
     try:
+        check_sums(folder)
         table = pd.read_parquet(folder / RECORDS)
         records = {
             name: json.loads(text) for name, text in zip(table["id"], table["record"], strict=True)
@@ -211,9 +216,10 @@ def _read_origin(folder: Path) -> tuple[dict[str, Record], pd.DataFrame]:
     except FileNotFoundError as error:
         if not (folder / RECORDS).exists():
             return {}, _no_items()
-        raise DataError(f"{folder}: {Path(str(error.filename)).name} is gone") from None
+        raise DataError(f"{folder}: {Path(str(error.filename)).name} is gone; {AGAIN}") from None
     except (OSError, ValueError, KeyError, DataError) as error:
-        raise DataError(f"{folder}: damaged: {shorten(one_line(str(error)), 200)}") from None
+        text = shorten(one_line(str(error)), 200)
+        raise DataError(f"{folder}: damaged: {text}; {AGAIN}") from None
 
 
 def read_community(

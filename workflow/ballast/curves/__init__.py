@@ -19,8 +19,8 @@ import pandas as pd
 import yaml
 
 from ballast import tradeoff
-from ballast.errors import BallastError
-from ballast.files import read_json, write_json
+from ballast.errors import BallastError, DataError
+from ballast.files import read_sealed, write_sealed
 from ballast.layout import Layout
 from ballast.outcome import RECORD, cell_folder
 from ballast.records import not_finite, one_line, read_path, status_of
@@ -114,7 +114,7 @@ def point(
 def write_curve(curve: Curve, row: dict[str, Any], layout: Layout) -> Path:
     """Write a cell's curve where `read_curves` finds it; returns the path."""
     path = layout.curve(json.loads(row["spec"])["suite"], row["id"], curve["kind"])
-    write_json(path, curve)
+    write_sealed(path, curve)
     return path
 
 
@@ -124,7 +124,10 @@ def is_current(row: dict[str, Any], layout: Layout, kind: str) -> bool:
     path = layout.curve(spec["suite"], row["id"], kind)
     if not path.exists():
         return False
-    curve = read_json(path)
+    try:
+        curve = read_sealed(path)
+    except DataError:
+        return False
     keys = {"train": row["train_key"], "eval": row["eval_key"]}
     return curve["keys"] == keys and curve["settings"] == settings_of(spec, kind)
 
@@ -173,10 +176,11 @@ def read_curves(
     problems = []
     for path in sorted((folder / "curves").glob("*.json")):
         try:
-            curve = read_json(path)
-            problem = _problem(curve, path.name, records)
-        except (OSError, ValueError, RecursionError) as error:
-            problem = f"damaged: {error}"
+            curve = read_sealed(path)
+        except DataError as error:
+            problems.append(one_line(str(error)))
+            continue
+        problem = _problem(curve, path.name, records)
         if problem is None:
             rows += _rows(curve, records[curve["cell"]])
         else:

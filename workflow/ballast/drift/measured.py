@@ -39,8 +39,11 @@ from ballast.drift.passes import MEMORY, Pass, parted, spread, untouched
 from ballast.drift.stored import StoredWeights, fingerprint
 from ballast.files import key_of
 from ballast.models import Base
+from ballast.tensorfile import read_tensors, write_tensors
 
-__all__ = ["Reference", "Texts", "drift_of", "reference", "texts"]
+__all__ = [
+    "Reference", "Texts", "drift_of", "read_reference", "reference", "texts", "write_reference",
+]  # fmt: skip
 
 INPUTS = 256
 # Multiply-adds of a cell's decompositions: all matrices of a small model, a sample of a large one.
@@ -91,6 +94,41 @@ def reference(base: Base, texts: Texts) -> Reference:
     weights = {name: base.model.get_submodule(name).weight for name in _matrices(base)}
     marks = {name: fingerprint(weight) for name, weight in weights.items()}
     return Reference(made, places, logs, hidden, inputs, outputs, marks)
+
+
+NAMED = ("hidden", "inputs", "outputs", "marks")
+
+
+def write_reference(reference: Reference, path: Path) -> None:
+    """Store a reference as safetensors."""
+    flat: dict[str, Tensor] = {}
+    for at, batch in enumerate(reference.batches):
+        flat |= {f"batches/{at}/{key}": value for key, value in batch.items()}
+        flat |= {f"places/{at}/{i}": index for i, index in enumerate(reference.places[at])}
+        flat[f"logs/{at}"] = reference.logs[at]
+    for part in NAMED:
+        flat |= {f"{part}/{name}": value for name, value in getattr(reference, part).items()}
+    order = {part: list(getattr(reference, part)) for part in NAMED}
+    # Copies: parts of one tensor cannot be stored one by one.
+    write_tensors(path, {k: v.clone() for k, v in flat.items()}, order)
+
+
+def read_reference(path: Path) -> Reference:
+    """A stored reference. Raises Damaged if it is not as it was written."""
+    flat, order = read_tensors(path)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+
+    counted = range(sum(key.startswith("logs/") for key in flat))
+    named = {part: under(f"{part}/") for part in NAMED}
+    places = [under(f"places/{at}/") for at in counted]
+    return Reference(
+        batches=[under(f"batches/{at}/") for at in counted],
+        places=[tuple(found[str(i)] for i in range(len(found))) for found in places],
+        logs=[flat[f"logs/{at}"] for at in counted],
+        **{part: {name: named[part][name] for name in order[part]} for part in NAMED},
+    )
 
 
 @torch.no_grad()

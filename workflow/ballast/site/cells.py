@@ -11,7 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ballast.errors import DataError
 from ballast.files import key_of
+from ballast.records import beside
 from ballast.results import Record, Results
 from ballast.site import facts
 from ballast.site.extras import CURVE, read_losses, thinned
@@ -38,7 +40,7 @@ def cell_pages(results: Results, folder: Path) -> dict[str, Path]:
     for cell, record in results.records.items():
         if cell in states:
             found[cell] = folder / page_name(cell)
-            _write(found[cell], record, states[cell], _beside(results.folder, cell))
+            _write(found[cell], record, states[cell], _beside(results.folder, record))
     for name in old - {path.name for path in found.values()}:
         (folder / name).unlink()
     return found
@@ -52,13 +54,15 @@ def page_name(cell: str) -> str:
     return f"{safe}-{key_of(cell)}.html"
 
 
-def _beside(folder: Path | None, cell: str) -> dict[str, str]:
+def _beside(folder: Path | None, record: Record) -> dict[str, str]:
     """Texts of the files beside a record that its page shows."""
     found = {}
     for name in (CHANGES, CURVE) if folder is not None else ():
         try:
-            found[name] = (folder / "cells" / cell / name).read_text(encoding="utf-8")
-        except (OSError, ValueError):  # an unfinished or damaged cell: its page goes without
+            path = beside(folder / "cells" / record["id"], record, name)
+            if path is not None:
+                found[name] = path.read_text(encoding="utf-8")
+        except (DataError, OSError, ValueError):  # an unfinished or damaged cell: without it
             continue
     return found
 
