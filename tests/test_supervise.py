@@ -220,6 +220,7 @@ def cell(tmp_path):
             "failed_record",
             lambda row, layout, kind, reason, attempts: written.append((kind, reason, attempts)),
         )
+        monkeypatch.setattr(supervise, "write_record", lambda *_: None)
         log = io.StringIO()
         log.name = "cell.log"
         code = finish_cell(plan, "cell", Layout(tmp_path, tmp_path), attempt, retries, log)
