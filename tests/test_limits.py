@@ -15,10 +15,12 @@ from ballast.layout import Layout
 from ballast.limits import KEYS, LEAST, LEAST_BASE, base_limits, cell_limits, gpus_of, limits_at
 from ballast.plan import make_plan
 from ballast.suite import TRAINING, load_suite, read_config
+from ballast.tasks import read_tasks
 from ballast.tune import make_tune_plan
 from checkout import REPOSITORY
 
 LAYOUT = Layout(REPOSITORY, Path("nowhere"))
+TASKS = read_tasks(LAYOUT.tasks)
 SEVEN = {"model_type": "llama"}  # its class's defaults are LLaMA-7B
 SMALL = network({"model_type": "llama", "vocab_size": 200, "hidden_size": 96,
                  "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -31,13 +33,27 @@ def size(config: dict | None = None) -> BaseSize:
 
 
 def spec(family: str = "reparameterization", **training) -> dict:
+    sizes = {"test": 500, "validation": 200, "train": None}
     return {
         "family": family,
+        "method": {"reparameterization": "lora", "selective": "full_st"}.get(family, "wise_ft"),
+        "rank": 8,
+        "modules": "all",
+        "connector": "frozen",
+        "target": "lm_dialect",
         "training": TRAINING | training,
         "evaluation": {"batch_size": 128},
-        "tasks": {"t": {"sizes": {"test": 500}}},
-        "source": {"path": "x"},
+        "tasks": {"lm_dialect": {"role": "target", "sizes": sizes, "max_length": 512}},
     }
+
+
+def limits(of: dict, base: BaseSize, own: dict | None = None) -> dict:
+    return cell_limits(of, base, TASKS, own or {})
+
+
+def ready(own: dict) -> dict:
+    """Limits of making a small base ready."""
+    return base_limits({"path": "x"}, spec()["tasks"], [TRAINING], 128, size(), TASKS, [], own)
 
 
 def plan(**changes):
@@ -63,16 +79,13 @@ def test_the_bases_own_limits_come_before_the_suites_and_those_before_the_comput
 
 
 def test_small_bases_get_the_least():
-    assert cell_limits(spec(), size(), {}) == LEAST | {"gpus": 0}
-    assert base_limits(
-        {"path": "x"}, spec()["tasks"], [TRAINING], 128, size(), {}
-    ) == LEAST_BASE | {"gpus": 0}
+    assert limits(spec(), size()) == LEAST | {"gpus": 0}
+    assert ready({}) == LEAST_BASE | {"gpus": 0}
 
 
 def test_a_base_gets_no_less_time_than_its_cells_are_given():
     own = {"minutes": 500, "memory_mb": 9000}
-    found = base_limits({"path": "x"}, spec()["tasks"], [TRAINING], 128, size(), own)
-    assert found == own | {"gpus": 0}
+    assert ready(own) == own | {"gpus": 0}
 
 
 def test_gpus_follow_from_the_device_and_the_size():
@@ -80,21 +93,21 @@ def test_gpus_follow_from_the_device_and_the_size():
     assert [gpus_of(large, device) for device in ("auto", "cuda", "cpu")] == [1, 1, 0]
     assert [gpus_of(size(), device) for device in ("auto", "cuda", "cpu")] == [0, 1, 0]
     assert gpus_of(BaseSize(None, None, "nothing"), "auto") == 1
-    assert cell_limits(spec(), large, {"gpus": "auto"})["gpus"] == 1
-    assert cell_limits(spec(), large, {"gpus": 0})["gpus"] == 0
+    assert limits(spec(), large, {"gpus": "auto"})["gpus"] == 1
+    assert limits(spec(), large, {"gpus": 0})["gpus"] == 0
 
 
 @pytest.mark.parametrize("family", ["reparameterization", "selective", "post-hoc"])
 def test_a_large_base_has_room_for_its_weights(family):
-    found = cell_limits(spec(family), size(SEVEN), {})
+    found = limits(spec(family), size(SEVEN))
     weights = 6_738_415_616 * 4 / 1e6
     assert found["memory_mb"] > 1.4 * weights
-    assert cell_limits(spec(family, precision="bf16"), size(SEVEN), {})["memory_mb"] > 0.7 * weights
+    assert limits(spec(family, precision="bf16"), size(SEVEN))["memory_mb"] > 0.7 * weights
 
 
 def test_more_work_is_given_more_time():
     def minutes(family="reparameterization", of=SEVEN, **training):
-        return cell_limits(spec(family, **training), size(of), {})["minutes"]
+        return limits(spec(family, **training), size(of))["minutes"]
 
     assert minutes(steps=4000) > 8 * minutes(steps=200)
     assert minutes(batch_size=64) > minutes() > minutes("post-hoc")
@@ -148,4 +161,4 @@ def test_a_base_that_cannot_be_reached_is_guessed_by_its_name(monkeypatch):
         assert found.parameters == parameters, name
         assert f"{name}: cannot be reached" in found.problem
         assert "`path:`" in found.problem
-    assert math.isfinite(cell_limits(spec(), base_size({"hub": "me/gpt2"}), {})["minutes"])
+    assert math.isfinite(limits(spec(), base_size({"hub": "me/gpt2"}))["minutes"])

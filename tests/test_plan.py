@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from ballast.errors import SuiteError
-from ballast.forecast import forecast_seconds
 from ballast.layout import Layout
 from ballast.plan import make_plan, plan_key
 from ballast.rates import COLUMNS, KEYS, best_rates, read_rates
@@ -408,27 +407,7 @@ def test_the_table_of_rates_has_a_row_for_a_failed_cell():
     assert table["score"].isna().all()
 
 
-# Forecast, size and imports.
-
-
-def test_the_forecast_is_the_median_of_finished_cells_and_else_a_guess(home):
-    plan = plan_of(home, seeds=[0, 1])
-
-    def record(method: str, seconds: float) -> dict:
-        return {
-            "status": "ok",
-            "identity": {"base": "tiny", "method": method},
-            "costs": {"seconds": {"total": seconds}},
-        }
-
-    seconds, measured = forecast_seconds(plan, [])
-    assert not measured
-    assert seconds > 6 * 5
-    done = [record("lora", s) for s in (10, 20, 90)] + [record("full_st", 40)]
-    due = plan[plan["method"] == "lora"]
-    assert forecast_seconds(due, done) == (40, True)
-    # A method that nobody has finished costs what the base's other cells cost.
-    assert forecast_seconds(plan[plan["method"] == "wise_ft"], done) == (60, True)
+# Size and imports.
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,8 @@ def _base(suite: Suite, name: str, spec: dict[str, Any], layout: Layout | None) 
         list(suite.targets(name).values()),
         suite.config["evaluation"]["batch_size"],
         size,
+        suite.tasks,
+        suite.chosen(),
         suite.limits(name),
     )
     return _Base(name, spec, key, tasks, size, limits)
@@ -297,7 +299,7 @@ def _spec(
             if entry["role"] != "target" or name in members
         },
     }
-    return spec | {"limits": cell_limits(spec, base.size, suite.limits(base.name))}
+    return spec | {"limits": cell_limits(spec, base.size, suite.tasks, suite.limits(base.name))}
 
 
 def _classes(suite: Suite, members: list[str]) -> dict[str, list[list[Any]]]:

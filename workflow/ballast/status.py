@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pandas as pd
 
 from ballast.errors import Damaged, SuiteError
 from ballast.files import set_aside, write_json
-from ballast.forecast import forecast_seconds
+from ballast.forecast.machine import this_machine
+from ballast.forecast.suite import DUE, forecast_suite
+from ballast.forecast.words import cost_text, counts_text, warnings_of
 from ballast.layout import Layout
 from ballast.orphans import tied_to
 from ballast.plan import plan_key, read_plan, sums_of
@@ -61,25 +65,28 @@ def _is_whole(path: Path) -> bool:
 def statuses(plan: pd.DataFrame, layout: Layout, suite: str) -> pd.Series:
     """Status by cell: ok, failed, stale, rescore or missing."""
     records, _ = scan(layout.suite(suite) / "cells")
+    return statuses_of(plan, records)
+
+
+def statuses_of(plan: pd.DataFrame, records: Sequence[dict[str, Any]]) -> pd.Series:
+    """Status by cell, from the suite's records."""
     known = {record["id"]: record for record in records}
+    rows = plan[["id", "train_key", "eval_key"]].to_dict("records")
     return pd.Series(
-        {row["id"]: status_of(row, known.get(row["id"])) for _, row in plan.iterrows()}
+        {row["id"]: status_of(row, known.get(row["id"])) for row in rows}, dtype=object
     )
 
 
 def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> str:
-    """How many cells a suite has, how many are done, and how long the rest may take."""
-    found = statuses(plan, layout, suite)
-    counts = found.value_counts()
-    done = int(counts.get("ok", 0) + counts.get("failed", 0))
-    due = plan.loc[~found.isin(["ok", "failed"]).to_numpy()]
-    parts = [f"{suite}: {len(plan)} cells, {done} done"]
-    parts += [f"{counts[s]} {s}" for s in ("failed", "stale", "rescore") if s in counts]
-    if len(due):
-        records, _ = scan(layout.suite(suite) / "cells")
-        seconds, measured = forecast_seconds(due, records)
-        basis = "from finished cells" if measured else "a rough guess before the first cell"
-        parts.append(f"{len(due)} to do, about {_duration(seconds / max(1, cores))} ({basis})")
+    """How many cells a suite has, how many are done, and what the rest may take."""
+    records, _ = scan(layout.suite(suite) / "cells")
+    found = statuses_of(plan, records)
+    parts = [counts_text(suite, found)]
+    if found.isin(DUE).any():
+        machine = replace(this_machine(layout.results), cores=max(1, cores))
+        forecast = forecast_suite(plan, found, records, layout, machine)
+        parts.append(f"{len(forecast.due)} to do, {cost_text(forecast)}")
+        parts += warnings_of(forecast)
     left = plan.attrs.get("left_out", [])
     if left:
         parts.append(f"left out, as not made for the base: {', '.join(left)}")
@@ -96,12 +103,6 @@ def closing_text(plan: pd.DataFrame, layout: Layout, suite: str) -> str:
     if not results.records and not results.problems:
         return ""
     return "\n".join([screen(results, places_of(results), results.folder), *results.problems])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def forget_failed(plan: pd.DataFrame, layout: Layout, suite: str) -> list[str]:

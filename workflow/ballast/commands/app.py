@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from ballast.commands import peft, read, share, tools, work
+from ballast.commands import peft, plan, read, share, tools, work
 from ballast.errors import BallastError
 from ballast.escape import one_line
 from ballast.faults import fault_of
@@ -46,7 +46,7 @@ def ballast(
     """
 
 
-for group in (work, read, share, tools):
+for group in (work, plan, read, share, tools):
     group.add_to(app)
 app.add_typer(peft.app, name="peft")
 

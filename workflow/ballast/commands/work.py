@@ -1,4 +1,4 @@
-"""Commands about the cells of a suite: retry, cell, plan."""
+"""Commands that run cells of a suite: retry, cell."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(retry)
     app.command()(cell)
-    app.command()(plan)
 
 
-def _plan(path: Path, layout: Layout) -> tuple[str, Path]:
+def plan_file(path: Path, layout: Layout) -> tuple[str, Path]:
     """Name of a suite and the file of its plan."""
     from ballast.status import make_plan_file
     from ballast.suite import read_config
@@ -35,7 +34,8 @@ def _plan(path: Path, layout: Layout) -> tuple[str, Path]:
     return config["suite"], make_plan_file(config, layout.root, layout.results, path.parent)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """The cells of a plan's file."""
     import pandas as pd
 
     return pd.read_parquet(path)
@@ -53,8 +53,8 @@ def retry(
     layout, arguments = Layout.here(), snakemake or []
     if str(suite).startswith("-"):
         suite, arguments = DEFAULT, [str(suite), *arguments]
-    name, path = _plan(suite, layout)
-    removed = forget_failed(_read(path), layout, name)
+    name, path = plan_file(suite, layout)
+    removed = forget_failed(read_table(path), layout, name)
     print(f"{len(removed)} failed cells to try again", *removed, sep="\n  ", flush=True)
     if not removed:
         return 0
@@ -70,22 +70,9 @@ def cell(
     from ballast import cell as cells
 
     layout = Layout.here()
-    _, path = _plan(suite, layout)
-    found = [name for name in _read(path)["id"] if name.startswith(cell)]
+    _, path = plan_file(suite, layout)
+    found = [name for name in read_table(path)["id"] if name.startswith(cell)]
     if len(found) != 1:
-        raise SuiteError(f"{cell}: {len(found)} cells begin so; `ballast plan` lists them")
+        raise SuiteError(f"{cell}: {len(found)} cells begin so; `ballast plan --cells` lists them")
     arguments = [str(path), found[0], "--root", str(layout.root), "--results", str(layout.results)]
     return cells.main(arguments)
-
-
-def plan(suite: SuiteArgument = DEFAULT) -> int:
-    """List the cells of a suite and their status."""
-    from ballast.status import opening_text, statuses
-
-    layout = Layout.here()
-    name, path = _plan(suite, layout)
-    table = _read(path)
-    for cell, status in statuses(table, layout, name).items():
-        print(f"{status:8} {cell}")
-    print(opening_text(table, layout, name, cores=1))
-    return 0

@@ -50,7 +50,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "micro-encoder": {"model_type": "roberta", "vocab_size": 205, "hidden_size": 128,
                       "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
                       "max_position_embeddings": 66, "type_vocab_size": 1},
-    "micro-vlm": {"model_type": "llava",
+    "micro-vlm": {"model_type": "llava", "vision_feature_select_strategy": "full",
                   "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 128,
                                     "intermediate_size": 256, "num_hidden_layers": 2,
                                     "num_attention_heads": 4, "image_size": 32, "patch_size": 16,

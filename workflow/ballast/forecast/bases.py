@@ -11,9 +11,12 @@ from typing import Any
 from ballast.errors import DataError
 from ballast.files import read_json
 from ballast.forecast.architecture import WORLDS, Network, network
+from ballast.forecast.stand_in import stand_in
 from ballast.layout import Layout, real_data
 
 CONFIG = "config.json"
+# Of a base whose size cannot be known: a common large model's.
+UNKNOWN_PARAMETERS = 7e9
 HUB_SECONDS = 5.0  # how long to wait for the hub; a plan is made without it too
 
 
@@ -29,21 +32,28 @@ class BaseSize:
     parameters: float | None
     origin: str
     problem: str = ""
+    config: dict[str, Any] | None = None
+
+    @property
+    def shape(self) -> Network:
+        """The network, or one of the same size, or of a common large model's."""
+        return self.network or stand_in(self.parameters or UNKNOWN_PARAMETERS)
 
 
-def base_size(source: dict[str, Any], folder: Path | None = None) -> BaseSize:
+def base_size(source: dict[str, Any], folder: Path | None = None, ask: bool = True) -> BaseSize:
     """What can be known of a base's size now.
 
     source: the suite's `source` of the base. folder: where it lies once it is ready, if anywhere.
-    A base of the hub that is not ready is asked for its config.json, kept by the hub's own cache.
+    The config.json of a base of the hub that is not ready is looked for in the hub's own cache, and
+    with `ask` on the hub.
     """
     try:
-        config, origin = _config(source, folder)
+        config, origin = _config(source, folder, ask)
         found = network(config)
     except DataError as error:
         guess = _named_size(source)
         return BaseSize(None, guess, "its name" if guess else "nothing", str(error))
-    return BaseSize(found, found.parameters, origin)
+    return BaseSize(found, found.parameters, origin, config=config)
 
 
 def base_folder(layout: Layout, name: str, key: str) -> Path:
@@ -51,7 +61,7 @@ def base_folder(layout: Layout, name: str, key: str) -> Path:
     return layout.base(name, key) / "model"
 
 
-def _config(source: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], str]:
+def _config(source: dict[str, Any], folder: Path | None, ask: bool) -> tuple[dict[str, Any], str]:
     """A base's config.json as a dict, and where it comes from. Raises DataError."""
     if folder is not None and (folder / CONFIG).is_file():
         return read_json(folder / CONFIG), "the base's files"
@@ -64,7 +74,7 @@ def _config(source: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any]
         return WORLDS[source["world"]], "the base's definition"
     if "llama2c" in source:
         raise DataError("a llama2c file says its size when it is converted")
-    return _fetched(source), "the hub"
+    return _fetched(source, ask), "the hub"
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -74,13 +84,15 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON: {error}") from None
 
 
-def _fetched(source: dict[str, Any]) -> dict[str, Any]:
+def _fetched(source: dict[str, Any], ask: bool) -> dict[str, Any]:
     """The config.json of a model of the hub, from its cache or the hub itself."""
     import huggingface_hub as hub
 
     where = {"repo_id": source["hub"], "filename": CONFIG, "revision": source.get("revision")}
+    path = hub.try_to_load_from_cache(**where)
+    if not isinstance(path, str) and not ask:
+        raise DataError(f"{source['hub']}: not asked for; `ballast plan` asks")
     try:
-        path = hub.try_to_load_from_cache(**where)
         if not isinstance(path, str):
             if not hub.constants.is_offline_mode():
                 # Asked once first: the download itself tries for half a minute.

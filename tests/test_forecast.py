@@ -1,0 +1,388 @@
+"""The forecast against what it speaks of: real models, real operations, finished cells."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ballast.errors import DataError, SuiteError
+from ballast.forecast import disk, flops, memory
+from ballast.forecast.architecture import WORLDS, network
+from ballast.forecast.bases import base_size
+from ballast.forecast.calibrate import calibrated, likeness
+from ballast.forecast.counting import count_in_child
+from ballast.forecast.fits import too_large
+from ballast.forecast.machine import Machine, parse_memory
+from ballast.forecast.need import cell_need
+from ballast.forecast.suite import forecast_suite, packed, spec_of_record
+from ballast.layout import Layout
+from ballast.limits import MARGIN_MEMORY, MARGIN_TIME
+from ballast.plan import make_plan
+from ballast.status import statuses_of
+from ballast.suite import load_suite, read_config, read_suite
+from ballast.tasks import read_tasks
+from checkout import REPOSITORY
+
+LAYOUT = Layout(REPOSITORY, Path("nowhere"))
+TASKS = read_tasks(LAYOUT.tasks)
+MACHINE = Machine(2, 0, 16_000, None, "", 50_000)
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 8, "vocab_size": 130}  # fmt: skip
+QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
+STORIES = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "vocab_size": 512,
+           "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4,
+           "max_position_embeddings": 512, "tie_word_embeddings": True}  # fmt: skip
+NETWORKS = {name: network(config) for name, config in (WORLDS | {"stories260k": STORIES}).items()}
+
+
+# Shapes.
+
+
+def real_count(config: dict) -> int:
+    """Parameters of the model that transformers makes of a configuration, without its memory."""
+    from ballast.forecast.counting import meta_model
+
+    return sum(p.numel() for p in meta_model(config).parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        {"model_type": "llama", **SMALL, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "mistral"},
+        {"model_type": "mistral", **SMALL, "num_key_value_heads": 4, "head_dim": 16},
+        {"model_type": "qwen2", **QWEN},
+        {"model_type": "qwen2", **SMALL, "num_key_value_heads": 4},
+        {"model_type": "qwen3"},
+        {"model_type": "qwen3", **SMALL, "num_key_value_heads": 2, "head_dim": 8},
+        {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
+        {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], **SMALL},
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], **SMALL},
+        {"model_type": "llava"},
+        {"model_type": "llava", "text_config": {"model_type": "qwen2", **SMALL},
+         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 32,
+                           "intermediate_size": 48, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "image_size": 32, "patch_size": 8}},
+        WORLDS["micro-lm"],
+        WORLDS["micro-vlm"],
+        WORLDS["micro-encoder"] | {"architectures": ["RobertaForMaskedLM"]},
+    ],
+    ids=lambda config: f"{config['model_type']}-{config.get('hidden_size', '')}",
+)  # fmt: skip
+def test_parameters_are_those_of_the_model_that_transformers_makes(config):
+    if config["model_type"] == "llava":
+        config = {"text_config": {"model_type": "llama"},
+                  "vision_config": {"model_type": "clip_vision_model"}} | config  # fmt: skip
+    assert network(config).parameters == real_count(config)
+
+
+def test_parameters_are_the_published_ones():
+    assert network({"model_type": "llama"}).parameters == 6_738_415_616
+    assert network({"model_type": "qwen2", **QWEN}).parameters == 7_615_616_512
+
+
+def test_bases_pretrained_here_have_the_shapes_that_are_planned_with():
+    from ballast.bases import micro_encoder, micro_lm, micro_vlm
+
+    for name, world in (
+        ("micro-lm", micro_lm), ("micro-vlm", micro_vlm), ("micro-encoder", micro_encoder),
+    ):  # fmt: skip
+        model = world.build_model(world.build_tokenizer())
+        assert NETWORKS[name].parameters == sum(p.numel() for p in model.parameters())
+        config = model.config.get_text_config()
+        assert NETWORKS[name].positions == config.max_position_embeddings
+    assert NETWORKS["micro-vlm"].image_tokens == 4
+
+
+def test_a_type_that_is_not_known_is_refused():
+    with pytest.raises(
+        DataError, match="model type 'mamba'; counted from its configuration: llama"
+    ):
+        network({"model_type": "mamba"})
+
+
+# Operations.
+
+
+def counted_flops(config: dict, train: str | None, tokens: tuple[int, int]) -> int:
+    """Operations of one pass, or of one step that trains `full` or `lora`, as torch counts them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ballast.adapters import LowRank
+
+    settings = dict(config)
+    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    made._attn_implementation = "eager"  # of fused attention not all is counted
+    model = AutoModelForCausalLM.from_config(made).requires_grad_(False)
+    layers = model.get_submodule("model.layers")
+    if train == "full":
+        layers.requires_grad_(True)
+    if train == "lora":
+        for name, module in list(layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(layers.get_submodule(parent), leaf, LowRank(module, 4, 1.0))
+    ids = torch.randint(0, made.vocab_size, tokens)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids, use_cache=False).logits
+        if train:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("train", [None, "full", "lora"])
+def test_operations_are_those_that_torch_counts(kind, train):
+    config = {"model_type": kind, **SMALL, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    made, rows, length = network(config), 3, 24
+    tokens = rows * length
+    if train is None:
+        forecast = flops.forward_flops(made, tokens, length)
+    else:
+        sides = made.stack.layers * sum(m + n for m, n in made.stack.linear.values())
+        trainable = made.stack.parameters if train == "full" else 4 * sides
+        forecast = flops.training_flops(made, tokens, length, trainable, train == "full")
+    counted = counted_flops(config, train, (rows, length))
+    # The counter does not know addmm_, by which LoRA adds its update.
+    rel = {None: 1e-9, "full": 0.004, "lora": 0.03}[train]
+    assert forecast == pytest.approx(counted, rel=rel)
+
+
+# Finished cells: the results that are kept with the repository.
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[tuple[dict, object, dict]]:
+    """(spec, need from shapes alone, record) of the 307 kept cells of every method."""
+    table = pd.read_parquet(REPOSITORY / "results/kept/all-methods/records.parquet")
+    records = [json.loads(text) for text in table["record"]]
+    specs = [spec_of_record(record) for record in records]
+    return [
+        (spec, cell_need(spec, NETWORKS[spec["base"]], TASKS, MACHINE), record)
+        for spec, record in zip(specs, records, strict=True)
+    ]
+
+
+def factors(pairs) -> tuple[float, float]:
+    """Median of forecast over measured, and the factor that nine of ten lie within."""
+    ratios = [forecast / measured for forecast, measured in pairs]
+    off = sorted(max(ratio, 1 / ratio) for ratio in ratios)
+    return statistics.median(ratios), off[int(0.9 * len(off))]
+
+
+def test_seconds_from_shapes_alone_are_of_the_right_size(kept):
+    median, off = factors((need.total, r["costs"]["seconds"]["total"]) for _, need, r in kept)
+    assert 0.5 < median < 2
+    assert off < 4
+
+
+@pytest.mark.parametrize("by", ["method", "seed"])
+def test_finished_cells_forecast_others(kept, by):
+    """Those of a method, or a seed, from all the others; they ran on a busy machine."""
+    pairs, memories = [], []
+    for value in {spec[by] for spec, _, _ in kept}:
+        made = calibrated(kept, left_out=lambda spec, value=value: spec[by] == value)
+        for spec, need, record in kept:
+            if spec[by] == value:
+                right = made.apply(spec, need)
+                pairs.append((right.total, record["costs"]["seconds"]["total"]))
+                peak = max(v for v in record["costs"]["memory_mb"].values() if v)
+                memories.append((right.host_mb, 1.048576 * peak))
+    median, off = factors(pairs)
+    assert 0.85 < median < 1.15
+    assert off < 2.5
+    total = sum(forecast for forecast, _ in pairs) / sum(measured for _, measured in pairs)
+    assert 0.8 < total < 1.2
+    median, off = factors(memories)
+    assert 0.98 < median < 1.02
+    assert off < 1.1
+
+
+def test_a_cell_of_the_same_kind_counts_more_than_others(kept):
+    spec = kept[0][0]
+    keys = likeness(spec)
+    assert len(set(keys)) == len(keys)
+    long = {"total": 1e3, "train": 500, "evaluate": 400}
+    slow = [
+        (s, n, r | {"costs": r["costs"] | {"seconds": long}})
+        for s, n, r in kept if s["method"] == "dora"
+    ]  # fmt: skip
+    made = calibrated([item for item in kept if item[0]["method"] != "dora"] + slow)
+    dora = next((s, n) for s, n, _ in kept if s["method"] == "dora")
+    lora = next((s, n) for s, n, _ in kept if s["method"] == "lora")
+    assert made.apply(*dora).total == pytest.approx(1e3, rel=0.2)
+    assert made.apply(*lora).total < 200
+
+
+def test_memory_from_shapes_alone(kept):
+    pairs = [
+        (need.host_mb, 1.048576 * max(v for v in record["costs"]["memory_mb"].values() if v))
+        for _, need, record in kept
+    ]
+    median, off = factors(pairs)
+    assert 0.8 < median < 1.25
+    assert off < 1.25
+
+
+def test_adapters_on_disk_from_counts(kept):
+    """Nearly all methods store what they train in fp32; the rest a mask, or what they replaced."""
+    pairs = []
+    for spec, _, record in kept:
+        counted = record["costs"]["trainable_parameters"] or 0
+        made = disk.adapter_bytes(spec, NETWORKS[spec["base"]], counted)
+        pairs.append((made, record["costs"]["adapter_bytes"]))
+    median, _ = factors(pairs)
+    assert 0.97 < median < 1.03
+    near = [0.7 < forecast / measured < 1.4 for forecast, measured in pairs]
+    assert sum(near) / len(near) > 0.85
+
+
+def test_trainable_parameters_by_the_methods_own_formulas(kept):
+    """Against what finished cells counted; few methods have no formula."""
+    own = {}
+    for spec, _, record in kept:
+        if spec["family"] != "post-hoc" and spec["base"] == "micro-vlm":
+            own.setdefault((spec["method"], spec["variant"], spec["rank"]), (spec, record))
+    asked = [
+        {
+            "config": WORLDS["micro-vlm"],
+            "spec": spec | {"hyper": record["settings"]["hyper"], "learning_rate": 1e-3},
+        }
+        for spec, record in own.values()
+    ]
+    counts = count_in_child(asked, REPOSITORY / "methods")
+    wrong = {
+        key: (count, record["costs"]["trainable_parameters"])
+        for (key, (_, record)), count in zip(own.items(), counts, strict=True)
+        if count is not None and count != record["costs"]["trainable_parameters"]
+    }
+    assert not wrong
+    assert counts.count(None) <= 3
+    assert len(counts) > 40
+
+
+# A suite.
+
+
+def large_suite(**training) -> tuple[pd.DataFrame, dict]:
+    """The plan of a LLaMA-7B suite whose size is known, and its config."""
+    config = read_config(REPOSITORY / "config/config.yaml")
+    base = config["bases"].pop("micro-lm")
+    config["bases"] = {"llama": base | {"source": {"hub": "me/llama-7b"}, "gate": None}}
+    del config["bases"]["llama"]["gate"]
+    del config["limits"], config["learning_rates"]
+    config["methods"] = {"full_st": {}, "lora": {}, "wise_ft": {"targets": ["lm_dialect"]}}
+    config["training"] = {"batch_size": 32} | training
+    return make_plan(load_suite(config, LAYOUT)), config
+
+
+def forecast(plan: pd.DataFrame, machine: Machine = MACHINE, records=()):
+    return forecast_suite(plan, statuses_of(plan, records), records, LAYOUT, machine)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_a_large_base_does_not_fit_a_small_gpu_and_the_advice_makes_it_fit(offline):
+    machine = replace(MACHINE, gpus=1, gpu_memory_mb=24_000, gpu_name="A10", memory_mb=200_000)
+    plan, _ = large_suite()
+    large = too_large(forecast(plan, machine), TASKS, 24_000, 200_000)
+    assert {item.method for item in large} == {"full_st", "lora", "wise_ft"}
+    found = {(item.method, item.target): item for item in large}
+    assert found["full_st", "lm_dialect"].advice is None  # moments alone are twice the GPU
+    advice = found["lora", "lm_dialect"].advice
+    assert advice["precision"] == "bf16"
+    training = {key: value for key, value in advice.items() if "." not in key}
+    again, _ = large_suite(**training)
+    left = too_large(forecast(again, machine), TASKS, 24_000, 200_000)
+    assert "lora" not in {item.method for item in left}
+    # On a GPU of 192 GB everything fits, in fp32 with all its moments.
+    assert not too_large(forecast(plan, replace(machine, gpu_memory_mb=192_000)), TASKS, 192e3, 2e5)
+
+
+def test_memory_of_full_training_is_at_least_sixteen_bytes_a_parameter():
+    made = network({"model_type": "llama"})
+    spec = json.loads(large_suite()[0].query("method == 'full_st'")["spec"].iloc[0])
+    spec["evaluation"] = {"batch_size": 1}
+    held = memory.peak(spec, made, made.stack.parameters, 512, gpu=True)
+    assert held.device_mb > 16 * made.stack.parameters / 1e6
+    half = spec | {"training": spec["training"] | {"precision": "bf16"}}
+    lora = half | {"family": "reparameterization"}
+    assert 14_000 < memory.peak(lora, made, 2e7, 64, gpu=True).device_mb < 32_000
+    tight = half | {"training": half["training"] | {"gradient_checkpointing": True}}
+    parts = [memory.peak(s, made, 2e7, 512, gpu=True).parts["activations"] for s in (half, tight)]
+    assert parts[0] > 8 * parts[1]
+
+
+@pytest.mark.parametrize("file", ["config", "all-methods", "encoder", "stories", "easyvqa"])
+def test_limits_that_nobody_gave_are_never_below_the_forecast(file):
+    if file in ("stories", "easyvqa"):
+        from ballast.layout import real_data
+
+        try:
+            real_data("stories260K")
+        except DataError:
+            pytest.skip("needs the real data")
+    suite = read_suite(REPOSITORY / f"config/{file}.yaml", LAYOUT)
+    suite.config["limits"] = {}
+    made = forecast(make_plan(suite))
+    cells = made.cells
+    assert (60 * cells["minutes"] >= MARGIN_TIME * (cells["seconds"] - 4)).all()
+    assert (cells["limit_mb"] >= MARGIN_MEMORY * cells["memory_mb"]).all()
+
+
+def test_rescoring_costs_no_training():
+    suite = read_suite(REPOSITORY / "config/config.yaml", LAYOUT)
+    plan = make_plan(suite)
+    found = {
+        status: forecast_suite(plan, pd.Series([status] * len(plan)), [], LAYOUT, MACHINE)
+        for status in ("missing", "stale", "rescore", "ok")
+    }
+    hours = {status: made.hours(gpu=False) for status, made in found.items()}
+    assert hours["missing"] == hours["stale"] > 1.3 * hours["rescore"]
+    trained = found["rescore"].cells["posthoc"] == False  # noqa: E712
+    both = [found[s].cells.loc[trained, "seconds"] for s in ("missing", "rescore")]
+    assert (both[0] > both[1]).all()
+    assert len(found["ok"].due) == 0
+
+
+def test_what_is_due_is_packed_on_the_cores_that_there_are():
+    assert packed([3, 1, 1, 1], 2) == 3
+    assert packed([1, 1, 1, 3], 2) == 4
+    assert packed([2] * 10, 5) == 4
+    assert packed([], 4) == 0
+
+
+def test_a_base_that_cannot_be_reached_is_named_with_a_way_out(offline):
+    plan, _ = large_suite()
+    made = forecast(plan)
+    size = made.bases["llama"].size
+    assert size.network is None
+    assert size.parameters == 7e9
+    assert made.bases["llama"].network.parameters == 6_738_415_616  # the Llama that is nearest
+    assert base_size({"hub": "me/llama-7b"}).problem.startswith("me/llama-7b: cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("text", "mb"), [("24GB", 24_000), ("80 GiB", 85_899.3), ("4000", 4000), ("1.5tb", 1.5e6)]
+)
+def test_amounts_of_memory(text, mb):
+    assert parse_memory(text) == pytest.approx(mb, rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "24 gallons", "0"])
+def test_amounts_of_memory_that_make_no_sense_are_refused(text):
+    with pytest.raises(SuiteError, match="write 24GB"):
+        parse_memory(text)

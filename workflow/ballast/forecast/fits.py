@@ -1,0 +1,128 @@
+"""Which cells do not fit a device, and which settings would make them fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ballast.forecast.need import Need, cell_need
+from ballast.forecast.suite import Forecast
+from ballast.tasks import Task
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """Cells of one method on one base and target that need more than there is (MB)."""
+
+    base: str
+    target: str
+    method: str
+    cells: int
+    kind: str  # "GPU" or "host"
+    needed_mb: float
+    there_mb: float
+    parts: dict[str, float]
+    advice: Settings | None
+
+
+def too_large(
+    forecast: Forecast, tasks: dict[str, Task], device_mb: float | None, host_mb: float
+) -> list[TooLarge]:
+    """Cells that are due and do not fit; device_mb None: no GPU is known, none is checked."""
+    due = forecast.due
+    checks = [("host", due[~due["gpu"].astype(bool)], "memory_mb", host_mb)]
+    if device_mb is not None:
+        checks.append(("GPU", due[due["gpu"].astype(bool)], "device_mb", device_mb))
+    found = []
+    for kind, table, column, there in checks:
+        large = table[table[column] > there]
+        for _, rows in large.groupby(["base", "target", "method"], sort=False):
+            worst = rows.loc[rows[column].idxmax()]
+            found.append(_explained(forecast, tasks, worst, len(rows), kind, column, there))
+    return found
+
+
+def _explained(
+    forecast: Forecast,
+    tasks: dict[str, Task],
+    worst: pd.Series,
+    number: int,
+    kind: str,
+    column: str,
+    there: float,
+) -> TooLarge:
+    spec = forecast.specs[worst["group"]]
+    plain = _need(forecast, tasks, spec, worst)
+    # What finished cells showed beyond the shapes stays, whatever the settings.
+    more = worst[column] - _peak(plain, kind)
+    advice = next(
+        (
+            change
+            for change in _changes(spec)
+            if _peak(_need(forecast, tasks, _with(spec, change), worst), kind) + more <= there
+        ),
+        None,
+    )
+    who = (spec["base"], spec["target"], spec["method"])
+    return TooLarge(*who, number, kind, worst[column], there, plain.parts, advice)
+
+
+def _need(
+    forecast: Forecast, tasks: dict[str, Task], spec: dict[str, Any], worst: pd.Series
+) -> Need:
+    network = forecast.bases[spec["base"]].network
+    return cell_need(spec, network, tasks, forecast.machine, trainable=worst["trainable"])
+
+
+def _peak(need: Need, kind: str) -> float:
+    return need.device_mb if kind == "GPU" else need.host_mb
+
+
+def _changes(spec: dict[str, Any]) -> Iterator[Settings]:
+    """Settings from the mildest to the harshest; smaller batches keep the examples of a step."""
+    training, batch = spec["training"], spec["training"]["batch_size"]
+    steps: list[Settings] = [{}]
+    if training["precision"] == "fp32":
+        steps.append({"precision": "bf16"})
+    if not training["gradient_checkpointing"]:
+        steps.append(steps[-1] | {"gradient_checkpointing": True})
+    smaller = [size for size in (batch // 2**k for k in range(1, 12)) if size >= 1]
+    for size in smaller:
+        accumulated = training["accumulation"] * -(-batch // size)
+        steps.append(steps[-1] | {"batch_size": size, "accumulation": accumulated})
+    for change in steps:
+        for scored in (spec["evaluation"]["batch_size"], 16, 4, 1):
+            if scored == spec["evaluation"]["batch_size"]:
+                if change:
+                    yield change
+            elif scored < spec["evaluation"]["batch_size"]:
+                yield change | {"evaluation.batch_size": scored}
+
+
+def _with(spec: dict[str, Any], change: Settings) -> dict[str, Any]:
+    scored = change.get("evaluation.batch_size", spec["evaluation"]["batch_size"])
+    own = {key: value for key, value in change.items() if "." not in key}
+    return spec | {
+        "training": spec["training"] | own,
+        "evaluation": spec["evaluation"] | {"batch_size": scored},
+    }
+
+
+def advice_text(advice: Settings | None) -> str:
+    """The settings in the words of a suite's file."""
+    if advice is None:
+        return "no setting of the suite makes it fit: a smaller base, or a larger device"
+    own = [f"{key}: {_yaml(value)}" for key, value in advice.items() if "." not in key]
+    parts = [f"training: {{{', '.join(own)}}}"] if own else []
+    if "evaluation.batch_size" in advice:
+        parts.append(f"evaluation: {{batch_size: {advice['evaluation.batch_size']}}}")
+    return "fits with " + ", ".join(parts)
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
