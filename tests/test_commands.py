@@ -155,8 +155,8 @@ def test_arguments_for_snakemake_need_no_suite(monkeypatch, run):
     from ballast.commands import work
 
     seen = []
-    monkeypatch.setattr(work, "_plan", lambda path, layout: seen.append(path) or ("x", path))
-    monkeypatch.setattr(work, "_read", lambda path: pd.DataFrame({"id": ["a"]}))
+    monkeypatch.setattr(work, "plan_file", lambda path, layout: seen.append(path) or ("x", path))
+    monkeypatch.setattr(work, "read_table", lambda path: pd.DataFrame({"id": ["a"]}))
     monkeypatch.setattr("ballast.status.forget_failed", lambda *_: ["a"])
     calls = []
     done = subprocess.CompletedProcess([], 0)
