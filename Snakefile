@@ -6,6 +6,7 @@ min_version("9.20")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/cluster.smk"
 include: "workflow/rules/bases.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/tables.smk"
@@ -27,6 +28,7 @@ rule all:
 
 
 onstart:
+    os.environ[RETRIES] = str(retries_here())
     print(opening())
 
 

@@ -240,6 +240,8 @@ def _finish(
         kind, reason = "raised", f"the process ended with exit code {end.code} and no record"
     print(f"{cell}: {kind}: {reason}, attempt {attempt}", file=log)
     if attempt <= retries and kind != "raised":
+        # The retry has a log of its own; on a cluster this line stays in the submission's.
+        print(f"{cell}: {kind}: {reason}, attempt {attempt}", file=sys.stderr)
         return 1
     write_record(row, layout, failed_record(row, layout, kind, reason, attempt))
     print(f"{cell}: {kind}: {reason}", file=sys.stderr)

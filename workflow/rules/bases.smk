@@ -8,8 +8,9 @@ rule base:
         "../../envs/ballast.yaml"
     threads: 1
     resources:
-        mem_mb=base_limit(1),
-        runtime=base_limit(0),
+        mem_mb=base_memory,
+        runtime=base_minutes,
+        gpu=base_gpus,
         plan=str(PLAN_FILE),
         root=str(ROOT),
     params:

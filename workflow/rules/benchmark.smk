@@ -8,7 +8,7 @@ rule benchmark:
         f"{HOME}/logs/benchmark.log",
     conda:
         "../../envs/ballast.yaml"
-    threads: workflow.cores
+    threads: all_cores
     resources:
         root=str(ROOT),
     script:

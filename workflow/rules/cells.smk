@@ -9,14 +9,19 @@ rule cell:
         f"{HOME}/cells/{{cell}}/run.json",
     log:
         f"{HOME}/logs/{{cell}}.log",
+    group:
+        group_of(PLAN, "cells")
     conda:
         "../../envs/ballast.yaml"
-    threads: 1
+    threads: cell_threads(PLAN)
     resources:
         mem_mb=cell_memory(PLAN),
         runtime=cell_minutes(PLAN),
+        gpu=cell_gpus(PLAN),
+        lane=1,
         attempt=attempt_number,
         retries=retries_allowed,
+        remote=is_remote,
         plan=str(PLAN_FILE),
         root=str(ROOT),
     params:

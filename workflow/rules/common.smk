@@ -1,18 +1,16 @@
 # The plan of the suite and look-ups in it; nothing here imports torch or a method.
 import json
-import math
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
-from ballast.curves import curve_cells, points_of, settings_of
+from ballast.curves import curve_cells, settings_of
 from ballast.damage import set_aside_damaged
 from ballast.errors import BallastError
 from ballast.escape import file_names
 from ballast.layout import Layout
-from ballast.limits import limits_at
 from ballast.orphans import announce_run
 from ballast.plan import read_plan
 from ballast.status import closing_text, make_plan_file, opening_text
@@ -64,7 +62,18 @@ def in_plan(table, column):
 
 def base_of(table):
     """Input function: the ready base of a cell."""
-    return lambda wildcards: f"{HOME}/bases/{table.loc[wildcards.cell, 'base']}.json"
+
+    def ready(wildcards):
+        share_submission()
+        return f"{HOME}/bases/{table.loc[wildcards.cell, 'base']}.json"
+
+    return ready
+
+
+def record_of(wildcards):
+    """Input function: the record of a cell."""
+    share_submission()
+    return f"{HOME}/cells/{wildcards.cell}/run.json"
 
 
 def parents_of(wildcards):
@@ -123,11 +132,6 @@ def curve_settings(wildcards):
     return settings_of(spec, wildcards.kind)
 
 
-def curve_minutes(wildcards, attempt):
-    """Minutes to ask a cluster for: a cell's for training, and as much for every point."""
-    return cell_minutes(PLAN)(wildcards, attempt) * (1 + points_of(curve_settings(wildcards)))
-
-
 def base_keys(wildcards):
     """Keys of what a base's readiness depends on."""
     return PLAN.loc[PLAN["base"] == wildcards.base, ["base_key", "data_key"]].iloc[0].tolist()
@@ -138,46 +142,13 @@ def base_scores_keys(wildcards):
     return sorted(PLAN.loc[PLAN["base"] == wildcards.base, "eval_key"].unique())
 
 
-def limits_of(table, wildcards):
-    """Limits of a cell of a table."""
-    return json.loads(table.loc[wildcards.cell, "spec"])["limits"]
-
-
-def cell_memory(table):
-    """Resource: MiB to ask a cluster for, a cell's limit and Snakemake's own part."""
-    return lambda wildcards, attempt: limits_at(limits_of(table, wildcards), attempt)[1] + 1000
-
-
-def cell_minutes(table):
-    """Resource: minutes to ask a cluster for; the supervisor meets the cell's limit before."""
-    return (
-        lambda wildcards, attempt: math.ceil(limits_at(limits_of(table, wildcards), attempt)[0]) + 2
-    )
-
-
-def base_limit(place):
-    """Resource: minutes (place 0) or MiB (1) to ask a cluster for when a base is made ready."""
-
-    def of_base(wildcards, attempt):
-        spec = PLAN.loc[PLAN["base"] == wildcards.base, "spec"].iloc[0]
-        return math.ceil(limits_at(json.loads(spec)["base_limits"], attempt)[place])
-
-    return of_base
-
-
-def attempt_number(wildcards, attempt):
-    """Which try of a job this is, from 1."""
-    return attempt
-
-
-def retries_allowed(wildcards):
-    """How often Snakemake tries a failed job again."""
-    settings = workflow.execution_settings
-    return settings.retries if settings else 0
+def side_by_side():
+    """How many cells run at a time at most: a job has a core here, a submission elsewhere."""
+    return workflow.cores if workflow.local_exec else workflow.resource_settings.nodes
 
 
 def opening():
-    return opening_text(PLAN, Layout(ROOT, RESULTS), SUITE, workflow.cores or 1)
+    return opening_text(PLAN, Layout(ROOT, RESULTS), SUITE, side_by_side())
 
 
 def closing():

@@ -1,20 +1,25 @@
 # What a cell scores between the untouched base and its end; optional, no part of a run of the suite.
 rule curve:
     input:
-        f"{HOME}/cells/{{cell}}/run.json",
+        record_of,
     output:
         f"{HOME}/curves/{{cell}}.{{kind}}.json",
     log:
         f"{HOME}/logs/{{cell}}.{{kind}}.log",
     wildcard_constraints:
         kind="trajectory|rewind",
+    group:
+        group_of(PLAN, "curves")
     conda:
         "../../envs/ballast.yaml"
-    threads: 1
+    threads: cell_threads(PLAN)
     resources:
         mem_mb=cell_memory(PLAN),
         runtime=curve_minutes,
+        gpu=cell_gpus(PLAN),
+        lane=1,
         attempt=attempt_number,
+        remote=is_remote,
         plan=str(PLAN_FILE),
         root=str(ROOT),
     params:

@@ -6,14 +6,19 @@ rule tune_cell:
         f"{HOME}/tune/cells/{{cell}}/run.json",
     log:
         f"{HOME}/tune/logs/{{cell}}.log",
+    group:
+        group_of(TUNE, "tune")
     conda:
         "../../envs/ballast.yaml"
-    threads: 1
+    threads: cell_threads(TUNE)
     resources:
         mem_mb=cell_memory(TUNE),
         runtime=cell_minutes(TUNE),
+        gpu=cell_gpus(TUNE),
+        lane=1,
         attempt=attempt_number,
         retries=retries_allowed,
+        remote=is_remote,
         plan=str(PLAN_FILE.with_suffix(".tune.parquet")),
         root=str(ROOT),
     params:

@@ -1,0 +1,69 @@
+"""Finished records and curves that outlive Snakemake's cleaning up after a group of jobs.
+
+On a cluster several small cells share a submission. Where one of them fails, or SLURM kills it,
+Snakemake removes what all of them declared, finished ones included, and runs all of them again. A
+copy beside the file lets a job that finds it finished put it back, instead of scoring once more.
+Only what ended well is kept: a failure is tried again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ballast.errors import DataError
+from ballast.files import replacing, sha256_file
+from ballast.layout import Layout
+from ballast.outcome import RECORD, cell_folder
+from ballast.records import read_path, status_of
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        temporary.write_bytes(source.read_bytes())
+
+
+def _kept(path: Path) -> Path:
+    return path.with_name(f".{path.name}.kept")
+
+
+def keep(path: Path) -> None:
+    """Keep a copy of a finished file beside it."""
+    _copy(path, _kept(path))
+
+
+def restore(path: Path) -> bool:
+    """Put a kept file back in its place; False if none was kept."""
+    if not _kept(path).exists():
+        return False
+    _copy(_kept(path), path)
+    return True
+
+
+def keep_record(row: dict[str, Any], layout: Layout) -> None:
+    """Keep the record of a plan's row if the cell ended well."""
+    path = cell_folder(row, layout) / RECORD
+    if read_path(path)["status"] == "ok":
+        keep(path)
+
+
+def restore_record(row: dict[str, Any], layout: Layout) -> bool:
+    """Put a cell's kept record back if it is current and all that it names is there, unchanged."""
+    folder = cell_folder(row, layout)
+    try:
+        record = read_path(_kept(folder / RECORD))
+    except DataError:
+        return False
+    if status_of(row, record) != "ok" or not _complete(record, folder):
+        return False
+    return restore(folder / RECORD)
+
+
+def _complete(record: dict[str, Any], folder: Path) -> bool:
+    """Whether a record's files are there and, where it holds their SHA-256, have these bytes."""
+    for name, digest in record["files"].items():
+        path = folder / name
+        # An adapter's digest is of its tensors; whoever loads it checks it.
+        if not path.exists() or (path.suffix != ".safetensors" and sha256_file(path) != digest):
+            return False
+    return True
