@@ -1,8 +1,8 @@
-"""A real SLURM on this machine, in namespaces of its own: munge, slurmctld, slurmd, slurmdbd, MariaDB.
+"""A real SLURM on this machine, in namespaces of its own, with slurmdbd, MariaDB and munge.
 
 It lives in a mount and a PID namespace: /etc/slurm is private to it, so a SLURM that the machine
 runs already is neither seen nor touched, several may run side by side, and when the namespace's
-first process is killed everything that it started is gone. Declared are two CPUs, two GPUs (device
+first process is killed everything that it started is gone. Declared are four CPUs, two GPUs (device
 files that nobody opens) and 16 GB of memory. Memory limits are enforced by cgroups where they can
 be written, else by SLURM's own polling; time limits by SLURM.
 
@@ -28,7 +28,7 @@ INSTALL = (
     "apt-get install --no-install-recommends munge slurm-client slurmctld slurmd slurmdbd "
     "mariadb-server"
 )
-CPUS, GPUS, MEMORY_MB = 2, 2, 16_000
+CPUS, GPUS, MEMORY_MB = 4, 2, 16_000
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 CONFIG = """\
 ClusterName=ballast
@@ -168,9 +168,9 @@ class Cluster:
         for own, place in (("etc", "/etc/slurm"), ("munge", "/run/munge")):
             Path(place).mkdir(parents=True, exist_ok=True)
             binds.append(f"mount --bind {self.root}/{own} {place}")
+        own = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         self._init = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
-            + [" && ".join([*binds, "exec sleep infinity"])],
+            [*own, "sh", "-c", " && ".join([*binds, "exec sleep infinity"])],
             stdout=subprocess.DEVNULL,
         )
         self._until(lambda: self.run("test", "-e", "/etc/slurm/ours", check=False) is not None, 5)
@@ -203,7 +203,11 @@ class Cluster:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        places = {"socket": "munge/munge.socket.2", "key-file": "munge.key", "pid-file": "munged.pid"}
+        places = {
+            "socket": "munge/munge.socket.2",
+            "key-file": "munge.key",
+            "pid-file": "munged.pid",
+        }
         places |= {"log-file": "log/munged.log", "seed-file": "munged.seed"}
         self.run("munged", "--force", *(f"--{k}={self.root}/{v}" for k, v in places.items()))
 
@@ -278,9 +282,7 @@ class Cluster:
         """Start a daemon that does not go to the background by itself."""
         path = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         with (self.root / "log" / log).open("w") as file:
-            subprocess.Popen(
-                self.inside(*command), stdout=file, stderr=file, env=os.environ | path
-            )
+            subprocess.Popen(self.inside(*command), stdout=file, stderr=file, env=os.environ | path)
 
     def sacct(self, *fields: str, steps: bool = False) -> list[dict[str, str]]:
         """Rows of sacct, oldest first, with these fields and JobID, State and Comment."""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkout import Checkout
 from cluster import Cluster
+
+from checkout import Checkout
 
 # All train as LoRA does, with its seed, data and settings: their adapters must be LoRA's.
 METHOD = '''"""A method of the tests: LoRA, and {what}."""
@@ -38,17 +39,36 @@ declaration = Declaration(
     learning_rate=1e-3,
 )
 HELD = []
+STEP = 0
+
+
+def once(name):
+    if STEP < 3 or Path(name).exists():
+        return False
+    Path(name).touch()
+    return True
+
+
+def note_device():
+    Path(f"device.{{os.getpid()}}.{{STEP}}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    time.sleep(2)
 
 
 def after_step(ctx):
+    global STEP
+    STEP = ctx.step
     {body}
 '''
+# A checkpoint is written after the second step: what happens, happens later.
 BODIES = {
-    # From the third step on, so that there is a checkpoint before.
-    "slow": "time.sleep(20 * Path('slow').exists() * (ctx.step >= 3))",
-    "grows": "HELD.append(torch.ones(75_000_000)) if ctx.step >= 3 and not HELD else None",
-    "notes": "Path(f'gpu.{os.getpid()}').write_text("
-    "f\"{time.time()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\") or time.sleep(3)",
+    # Once: the first to come here waits for ever.
+    "stalls": "once('stalled') and time.sleep(3600)",
+    "dies": "once('died') and os.kill(os.getpid(), 9)",
+    # As long as the file is there.
+    "waits": "while Path('wait').exists() and ctx.step >= 3: time.sleep(0.2)",
+    # Always: it needs 600 MB more than LoRA.
+    "grows": "ctx.step == 3 and HELD.append(torch.ones(150_000_000))",
+    "notes": "note_device()",
     "plain": "pass",
 }
 
@@ -75,7 +95,7 @@ class ClusterCheckout(Checkout):
     def command(self, *arguments: str) -> list[str]:
         """Snakemake through the profile; it looks at jobs more often than on a real cluster."""
         profile = ["snakemake", "--workflow-profile", "profiles/slurm", "--latency-wait", "10"]
-        profile += ["--slurm-init-seconds-before-status-checks", "2"]
+        profile += ["--slurm-init-seconds-before-status-checks", "2", "--jobs", "2"]
         return self.cluster.inside(*profile, *arguments, folder=self.root)
 
     def slurm(self, *arguments: str, code: int | None = 0) -> str:

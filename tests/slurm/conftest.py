@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-
 import cluster as slurm
+import pytest
 from cluster_checkout import ClusterCheckout
 
 

@@ -18,3 +18,16 @@ rule base:
         scored=base_scores_keys,
     script:
         "../scripts/base.py"
+
+
+# Downloads alone, where there is a network, for compute nodes that have none.
+rule fetch:
+    log:
+        f"{HOME}/logs/fetch.log",
+    conda:
+        "../../envs/ballast.yaml"
+    resources:
+        plan=str(PLAN_FILE),
+        root=str(ROOT),
+    script:
+        "../scripts/fetch.py"

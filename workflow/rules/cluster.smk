@@ -27,6 +27,7 @@ resource_scopes:
 
 # Seconds of one core, from records that are there: not worth a place in the queue.
 localrules:
+    fetch,
     summarise,
     site,
     leaderboard,
