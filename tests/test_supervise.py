@@ -200,7 +200,7 @@ def cell(tmp_path):
     """finish(end, attempt, retries) -> (exit code, limits given, what was logged)."""
     row = {
         "id": "cell",
-        "spec": json.dumps({"suite": "s", "limits": {"minutes": 0.5, "memory_mb": 100}}),
+        "spec": json.dumps({"suite": "s", "limits": {"minutes": 0.5, "memory_mb": 100, "gpus": 0}}),
         "train_key": "t",
     }
     plan = tmp_path / "plan.parquet"

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ballast.devices import cells_per_gpu
+
 PACKAGES = (
     "ballast", "torch", "transformers", "datasets", "evaluate", "lm-eval", "pandas", "snakemake",
     "numpy", "safetensors", "tokenizers", "scikit-learn",
@@ -47,11 +49,14 @@ def _processor() -> str:
 
 
 def provenance(root: Path, device: str) -> dict[str, Any]:
-    """Package versions, git commit and whether the tree was dirty, interpreter, machine, device."""
+    """Package versions, git commit and whether the tree was dirty, interpreter, machine, device.
+
+    A GPU is named by model and UUID; beside it stands how many cells were allowed to share it.
+    """
     import torch
 
     changed = _git(root, "status", "--porcelain")
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    gpu = torch.cuda.get_device_properties(device) if device.startswith("cuda") else None
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _git(root, "rev-parse", "HEAD"),
@@ -59,7 +64,9 @@ def provenance(root: Path, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "device": gpu or device,
+        "device": gpu.name if gpu else device,
+        "gpu": str(gpu.uuid) if gpu else None,
+        "cells_per_gpu": cells_per_gpu() if gpu else None,
         "threads": torch.get_num_threads(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }

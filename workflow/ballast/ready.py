@@ -42,7 +42,14 @@ def spec_of_base(plan: pd.DataFrame, name: str) -> dict[str, Any]:
         "key": first["base_key"],
         "entries": entries,
         "batch_size": first["evaluation"]["batch_size"],
+        "device": first["training"]["device"],
     }
+
+
+def gpus_of_base(plan: pd.DataFrame, name: str) -> int:
+    """How many GPUs making a plan's base ready gets."""
+    specs = plan.loc[plan["base"] == name, "spec"]
+    return json.loads(specs.iloc[0])["base_limits"]["gpus"]
 
 
 def make_ready(
@@ -55,14 +62,16 @@ def make_ready(
     report: Report,
     batch_size: int,
     threads: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Make base, data and untouched scores; returns what cells need to know of them.
 
-    The base is held meanwhile: another suite that needs it waits, and finds it made.
+    The base is held meanwhile: another suite that needs it waits, and finds it made. device: where
+    it is scored, as its cells are (`auto`, `cpu` or `cuda`).
     Raises DataError if a base pretrained here misses its gate, with all scores in the message.
     """
     with held(layout.base(name, key), name, report):
-        return _ready(name, spec, key, entries, tasks, layout, report, batch_size, threads)
+        return _ready(name, spec, key, entries, tasks, layout, report, batch_size, threads, device)
 
 
 def _ready(
@@ -75,6 +84,7 @@ def _ready(
     report: Report,
     batch_size: int,
     threads: int,
+    device: str,
 ) -> dict[str, Any]:
     import torch
 
@@ -84,7 +94,7 @@ def _ready(
     folders = {
         task: layout.data(name, key, task, entry["data_key"]) for task, entry in entries.items()
     }
-    load = functools.cache(lambda: _load(Path(made["model"])))
+    load = functools.cache(lambda: _load(Path(made["model"]), device))
     manifests = {
         task: prepare_task(load, spec, tasks[task], entry, folders[task], report)
         for task, entry in entries.items()
@@ -231,10 +241,10 @@ def _check_finite(name: str, task: str, scores: dict[str, Any]) -> None:
         )
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, device: str) -> Any:
     from ballast.models import load_base
 
-    base = load_base(folder)
+    base = load_base(folder, device=device)
     for name, value in base.model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise DataError(f"{folder}: the weight {name} holds NaN or infinite numbers")

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import psutil
 
+from ballast.devices import Lease, lease
 from ballast.errors import BallastError, DataError
 from ballast.layout import Layout
 from ballast.limits import limits_at
@@ -83,17 +84,20 @@ def run_limited(
     output: IO[str] | None = None,
     watcher: Watcher | None = None,
     lock: int | None = None,
+    gpus: Lease | None = None,
 ) -> End:
     """Run a command to its end or to a limit; its output goes to `output` (None: inherited).
 
     seconds: wall time; memory_mb: resident memory of the child and its children, MiB; lock: file
-    descriptor by which the child holds its folder (`locks.held`) for as long as it lives.
+    descriptor by which the child holds its folder (`locks.held`) for as long as it lives; gpus:
+    those lent to the child (None: it sees what this process sees).
     Nothing that the child started is left. Raises Orphaned, with the child killed, if the process
     that started this one has died.
     """
     lives, started, peak = run_lives(), time.monotonic(), 0.0
     passed = {PIPE: watcher.write} if watcher else {}
     passed |= {} if lock is None else {INHERITED: lock}
+    gpus = gpus or Lease()
     bounded = _bounded(output)
     child = subprocess.Popen(
         command,
@@ -101,8 +105,11 @@ def run_limited(
         stderr=output,
         stdin=subprocess.DEVNULL,
         preexec_fn=tied_to(os.getpid()),
-        pass_fds=tuple(passed.values()),
-        env=os.environ | {name: str(fd) for name, fd in passed.items()} | {MARK: mark()},
+        pass_fds=(*passed.values(), *gpus.files),
+        env=os.environ
+        | {name: str(fd) for name, fd in passed.items()}
+        | {MARK: mark()}
+        | gpus.environment,
     )
     watched = psutil.Process(child.pid)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -188,6 +195,19 @@ def finish_cell(
     The cell's folder is held meanwhile: another run on it waits, and finds the cell made.
     """
     row = read_plan(plan).loc[cell].to_dict()
+    check = run_check()
+    try:
+        kill_orphans()
+        with held(cell_folder(row, layout), cell, check=check) as lock:
+            return _finish(row, plan, layout, attempt, retries, log, lock, check)
+    except BallastError as error:
+        print(f"{cell}: {error}", file=log)
+        print(f"{cell}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_check() -> Callable[[], None]:
+    """What a job does while it waits: it ends leftovers of killed runs, and itself with its run."""
     lives = run_lives()
 
     def check() -> None:
@@ -195,14 +215,7 @@ def finish_cell(
         if not lives():
             raise Orphaned("the run that started this cell has ended")
 
-    try:
-        kill_orphans()
-        with held(cell_folder(row, layout), cell, check=check) as lock:
-            return _finish(row, plan, layout, attempt, retries, log, lock)
-    except BallastError as error:
-        print(f"{cell}: {error}", file=log)
-        print(f"{cell}: {error}", file=sys.stderr)
-        return 1
+    return check
 
 
 def _finish(
@@ -213,8 +226,9 @@ def _finish(
     retries: int,
     log: IO[str],
     lock: int,
+    check: Callable[[], None],
 ) -> int:
-    """`finish_cell` with the cell's folder held. Raises Orphaned."""
+    """`finish_cell` with the cell's folder held. Raises Orphaned and DeviceError."""
     cell = row["id"]
     path = cell_folder(row, layout) / RECORD
     # Snakemake removed the record before this job: one that is there, another run has made since.
@@ -222,10 +236,13 @@ def _finish(
     if record is not None:
         print(f"{cell}: made by another run", file=sys.stderr)
         return 0
-    minutes, memory_mb = limits_at(json.loads(row["spec"])["limits"], attempt)
+    limits = json.loads(row["spec"])["limits"]
+    minutes, memory_mb = limits_at(limits, attempt)
     command = [sys.executable, "-m", "ballast.cell", str(plan), cell]
     command += ["--root", str(layout.root), "--results", str(layout.results)]
-    end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell), lock)
+    # Its time begins when its GPUs are free.
+    with lease(limits["gpus"], cell, check) as gpus:
+        end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell), lock, gpus)
     kind, reason = end.kind, end.reason
     if kind is None:
         record = _current(row, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,8 @@ def cell(
 ) -> int:
     """Run one cell in this process (for a debugger)."""
     from ballast import cell as cells
+    from ballast.devices import lease
+    from ballast.plan import row_of
 
     layout = Layout.here()
     _, path = plan_file(suite, layout)
@@ -75,4 +79,7 @@ def cell(
     if len(found) != 1:
         raise SuiteError(f"{cell}: {len(found)} cells begin so; `ballast plan --cells` lists them")
     arguments = [str(path), found[0], "--root", str(layout.root), "--results", str(layout.results)]
-    return cells.main(arguments)
+    count = json.loads(row_of(path, found[0])["spec"])["limits"]["gpus"]
+    with lease(count, found[0]) as gpus:
+        os.environ.update(gpus.environment)
+        return cells.main(arguments)

@@ -21,12 +21,13 @@ from ballast.curves import (
     settings_of,
     write_curve,
 )
+from ballast.devices import DeviceError, lease
 from ballast.errors import BallastError
 from ballast.layout import Layout
 from ballast.limits import limits_at
 from ballast.plan import row_of
 from ballast.progress import Watcher
-from ballast.supervise import Orphaned, run_limited
+from ballast.supervise import Orphaned, run_check, run_limited
 
 
 def run_curve(row: dict[str, Any], layout: Layout, kind: str) -> Path:
@@ -61,8 +62,10 @@ def finish_curve(
     command += ["--root", str(layout.root), "--results", str(layout.results)]
     seconds = 60 * minutes * (1 + points)
     try:
-        end = run_limited(command, seconds, memory_mb, log, Watcher(f"{cell} {kind}"))
-    except Orphaned as error:
+        with lease(spec["limits"]["gpus"], cell, run_check()) as gpus:
+            watcher = Watcher(f"{cell} {kind}")
+            end = run_limited(command, seconds, memory_mb, log, watcher, gpus=gpus)
+    except (Orphaned, DeviceError) as error:
         print(f"{cell}: {error}", file=log)
         return 1
     if end.kind is not None:
