@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +169,31 @@ def test_a_base_is_downloaded_at_its_revision(hub, saved, tmp_path):
     assert len(fetched) == 3 * len(names)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "latest" / "model")
     assert loaded.config.hidden_size == 32
+
+
+def test_a_killed_download_goes_on_and_never_mixes_two_commits(hub, saved, tmp_path):
+    """What a kill left of a download is used where it is of the same commit, and only there."""
+    endpoint, asked = hub
+    weights = "model.safetensors"
+    for name, commit in (("same", REVISIONS["main"]), ("moved", REVISIONS["v1"])):
+        part = tmp_path / name / "model.part"
+        notes = part / ".cache/huggingface/download"
+        notes.mkdir(parents=True)
+        shutil.copy(saved / weights, part)
+        etag = sha256_file(saved / weights)
+        (notes / f"{weights}.metadata").write_text(f"{commit}\n{etag}\n{time.time() + 1}\n")
+        (part / "left.json").write_text("{}")
+        (notes / "left.json.metadata").write_text(f"{commit}\n0\n{time.time() + 1}\n")
+    asked.clear()
+    same, moved = (
+        in_a_child(endpoint, tmp_path, ({"hub": "tiny/llama"}, tmp_path / name))[0]
+        for name in ("same", "moved")
+    )
+    fetched = [line for line in asked if line.startswith("GET") and line.endswith(weights)]
+    assert len(fetched) == 1
+    assert moved["files"].keys() == {p.name for p in (tmp_path / "moved/model").iterdir()}
+    assert "left.json" not in moved["files"]
+    assert same["files"][weights] == moved["files"][weights] == etag
 
 
 def test_what_cannot_be_downloaded_names_the_way_out(hub, tmp_path):

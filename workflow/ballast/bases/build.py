@@ -47,8 +47,10 @@ def make_base(spec: dict[str, Any], folder: Path, report: Report) -> dict[str, A
         model = real_data(source["path"]).resolve()
     else:
         part = folder / "model.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if "hub" not in source or "llama2c" in source:
+            shutil.rmtree(part, ignore_errors=True)
+        # A download that was killed goes on with the files that it lacks.
+        part.mkdir(parents=True, exist_ok=True)
         commit = _fill(source | ({"revision": commit} if commit else {}), part, report) or commit
         if before is not None:
             _check_same(before, part)
@@ -198,9 +200,21 @@ def _download(source: dict[str, Any], folder: Path, report: Report) -> str | Non
 
     Returns the commit that the revision stood for, as the downloader noted it beside the files.
     """
+    report(f"downloading {source['hub']} at {source.get('revision', 'main')}")
+    commits = _fetched(source, folder)
+    if len(commits) > 1:
+        # The revision has moved on since a download was killed here: nothing of both is kept.
+        shutil.rmtree(folder)
+        folder.mkdir()
+        commits = _fetched(source, folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _fetched(source: dict[str, Any], folder: Path) -> set[str]:
+    """Fetch what `folder` lacks of a model; returns the commits that its files are of."""
     from huggingface_hub import snapshot_download
 
-    report(f"downloading {source['hub']} at {source.get('revision', 'main')}")
     try:
         snapshot_download(
             source["hub"],
@@ -211,6 +225,4 @@ def _download(source: dict[str, Any], folder: Path, report: Report) -> str | Non
     except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
         raise _unreachable(source["hub"], error) from None
     notes = sorted((folder / ".cache/huggingface/download").glob("*.metadata"))
-    commits = {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return commits.pop() if len(commits) == 1 else None
+    return {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
