@@ -8,6 +8,7 @@ from snakemake.utils import validate
 
 from ballast.curves import curve_cells, settings_of
 from ballast.damage import set_aside_damaged
+from ballast.dates import without_future
 from ballast.errors import BallastError
 from ballast.escape import file_names
 from ballast.layout import Layout
@@ -48,6 +49,7 @@ FIGURES = {"ranks": "Rank sweep", "difference": "Mean ranks", "forgetting": "For
 if workflow.is_main_process:
     for line in set_aside_damaged(PLAN, TUNE, Layout(ROOT, RESULTS), SUITE):
         print(line, file=sys.stderr)
+    without_future(Path(HOME))
 
 
 wildcard_constraints:
