@@ -16,13 +16,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ballast.files import read_json
+from ballast.files import read_json, read_sealed
 
 HERE = Path(__file__).resolve().parent
 # Of records and of what stands in other files: times, and what a run was continued from.
 TIMES = {
     "seconds", "first_step_seconds", "step_ms", "memory_mb", "resumed_from", "time", "times",
     "adapter_bytes",  # of the file, in whose header times stand
+    "checksum",  # of all of these
 }  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def without_times(value: Any) -> Any:
 def content(path: Path) -> Any:
     """What a file says, times apart; its bytes where it says none."""
     if path.suffix == ".json":
-        return without_times(read_json(path))
+        value = read_json(path)
+        return without_times(read_sealed(path) if isinstance(value, dict) else value)
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as stored:
             header = dict(stored.metadata() or {})
