@@ -1,9 +1,8 @@
 """A finished tiny suite of everything that a run leaves, and what a user does with it next.
 
 Imported once by a fork server; a trial is a forked child that works in a copy. A rerun here does
-what the rules do, in the order of their inputs, without Snakemake's own seconds; whole runs of
-Snakemake are in test_damage_runs.py. Figures are left out: drawing takes seconds, and nothing reads
-them.
+what the rules do, in the order of their inputs, without Snakemake's own seconds. Figures are
+left out: drawing takes seconds, and nothing reads them.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import yaml
 
 import ballast.quiet  # noqa: F401
@@ -31,6 +31,7 @@ from ballast.community import merge, pack, read_community
 from ballast.curves.curve_job import run_curve
 from ballast.damage import set_aside_damaged
 from ballast.errors import BallastError
+from ballast.faults import check_writable, fault_of
 from ballast.files import write_sealed, write_sums
 from ballast.keep import keep_suite
 from ballast.layout import Layout
@@ -51,7 +52,8 @@ TIMES = ("seconds", "memory", "first_step", "step_ms", "provenance", "adapter_by
 def _download(source: dict[str, Any], folder: Path, _: Any) -> str:
     """A hub whose one repository is the tiny base."""
     assert source["hub"] == "tiny/base"
-    shutil.copytree(Path.cwd() / "base", folder, dirs_exist_ok=True)
+    for path in sorted((Path.cwd() / "base").iterdir()):
+        shutil.copyfile(path, folder / path.name)
     return "1" * 40
 
 
@@ -73,33 +75,46 @@ def rerun() -> dict[str, Any]:
 
     Of the targets `tune` and `rewind` only what there was of them before.
     """
-    here, lines, failed = layout(), [], []
-    config = yaml.safe_load(Path("config/config.yaml").read_text())
+    lines: list[str] = []
+    failed: list[str] = []
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        path = status.make_plan_file(config, here.root, here.results, Path("config"))
-        plan, tune = read_plan(path), read_plan(path.with_suffix(".tune.parquet"))
-        tuned = (here.suite(SUITE) / "tune").is_dir()
-        curved = (here.suite(SUITE) / "curves").is_dir()
-        lines += set_aside_damaged(plan, tune, here, SUITE)
-        remade = _bases(plan, here, lines, failed)
-        for table, source in ((plan, path), (tune, path.with_suffix(".tune.parquet"))):
-            if table is plan or tuned:
-                remade |= _cells(table, source, here, remade, failed)
-        if curved and not failed:
-            _curves(plan, here, remade, lines)
-        if tuned and not failed:
-            _rates(tune, here, remade)
-        results = read_results(here, SUITE, plan)
-        for folder, write in (
-            ("tables", report.write_tables_and_figures),
-            ("leaderboard", report.write_pages),
-        ):
-            missing = not (here.suite(SUITE) / folder / ".complete").exists()
-            if not failed and (missing or remade):
-                write(results, places_of(results), None, complete=True)
+    try:
+        with contextlib.redirect_stderr(errors):
+            results = _rerun(lines, failed)
+    except Exception as error:  # as the scripts of the rules, and Snakemake's file of the plan, do
+        text = str(error) if isinstance(error, BallastError) else fault_of(error, Path("results"))
+        if text is None:
+            raise
+        return {"lines": [*lines, *errors.getvalue().splitlines(), text], "failed": ["fault"]}
     lines += [*errors.getvalue().splitlines(), *results.problems]
     return {"lines": lines, "failed": failed, "known": known(results)}
+
+
+def _rerun(lines: list[str], failed: list[str]) -> Results:
+    here = layout()
+    config = yaml.safe_load(Path("config/config.yaml").read_text())
+    path = status.make_plan_file(config, here.root, here.results, Path("config"))
+    plan, tune = read_plan(path), read_plan(path.with_suffix(".tune.parquet"))
+    tuned = (here.suite(SUITE) / "tune").is_dir()
+    curved = (here.suite(SUITE) / "curves").is_dir()
+    lines += set_aside_damaged(plan, tune, here, SUITE)
+    remade = _bases(plan, here, lines, failed)
+    for table, source in ((plan, path), (tune, path.with_suffix(".tune.parquet"))):
+        if table is plan or tuned:
+            remade |= _cells(table, source, here, remade, failed)
+    if curved and not failed:
+        _curves(plan, here, remade, lines)
+    if tuned and not failed:
+        _rates(tune, here, remade)
+    results = read_results(here, SUITE, plan)
+    for folder, write in (
+        ("tables", report.write_tables_and_figures),
+        ("leaderboard", report.write_pages),
+    ):
+        missing = not (here.suite(SUITE) / folder / ".complete").exists()
+        if not failed and (missing or remade):
+            write(results, places_of(results), None, complete=True)
+    return results
 
 
 def _bases(plan: pd.DataFrame, here: Layout, lines: list[str], failed: list[str]) -> set[str]:
@@ -115,8 +130,11 @@ def _bases(plan: pd.DataFrame, here: Layout, lines: list[str], failed: list[str]
             )
             write_sealed(path, ready)
             remade.add(name)
-        except BallastError as error:
-            lines.append(str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, BallastError) else fault_of(error)
+            if text is None:
+                raise
+            lines.append(text)
             failed.append(name)
     return remade
 
@@ -305,3 +323,89 @@ def trial(root: str, place: str, file: str, other: str, kind: str, action: str, 
 def _named(lines: list[str], *files: str) -> bool:
     text = "\n".join(lines)
     return any(Path(f).name in text or str(Path(f).parent) in text for f in files)
+
+
+# Disks.
+
+
+def _records(results: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in results.glob("tiny/**/run.json")}
+
+
+def full_disk(root: str, disk: str, what: str, kilobytes: int) -> str:
+    """Work in results on a disk that has room for so many kB more, then with enough of it.
+
+    what: has still to be made: a cell, a base with its cells, the tables. Returns how it went on
+    the full disk: finished, or told. Raises AssertionError for anything else.
+    """
+    folder = _on_disk(root, disk)
+    undisturbed = json.loads((Path(root) / "undisturbed.json").read_text())
+    _unmake(what)
+    before = _records(folder / "results")
+    filler = Path(disk) / "filler"
+    free = shutil.disk_usage(disk).free - 1024 * kilobytes
+    with filler.open("wb") as stream, contextlib.suppress(OSError):
+        for _ in range(max(0, free) // 4096):
+            stream.write(b"x" * 4096)
+    first = rerun()
+    after = _records(folder / "results")
+    assert all(after.get(p) == c for p, c in before.items()) or what == "base", "a record is lost"
+    said = "\n".join(first["lines"])
+    failures = [json.loads(c)["failure"] for c in after.values()]
+    assert failures == [None] * len(failures), f"a full disk is taken for a result: {failures}"
+    assert "Traceback" not in said, said
+    if first["failed"]:
+        assert "the disk is full" in said, said
+    filler.unlink()
+    last = rerun()
+    assert not last["failed"], last["lines"]
+    assert last["known"] == undisturbed["known"], f"another leaderboard: {said}"
+    return "told" if first["failed"] else "finished"
+
+
+def read_only(root: str, disk: str, what: str) -> str:
+    """Work in results that cannot be written to, then in results that can."""
+    folder = _on_disk(root, disk)
+    undisturbed = json.loads((Path(root) / "undisturbed.json").read_text())
+    _unmake(what)
+    before = _records(folder / "results")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    try:
+        first = rerun()
+        with pytest.raises(BallastError, match="the file system is read-only"):
+            check_writable(layout().suite(SUITE))
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    said = "\n".join(first["lines"])
+    assert first["failed"], said
+    assert "read-only" in said or "cannot be written to" in said, said
+    assert _records(folder / "results") == before
+    last = rerun()
+    assert not last["failed"], last["lines"]
+    assert last["known"] == undisturbed["known"]
+    return "told"
+
+
+def _on_disk(root: str, disk: str) -> Path:
+    folder = Path(disk) / "work"
+    (Path(disk) / "filler").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in LINKED:
+        (folder / name).symlink_to(Path(root) / name)
+    shutil.copytree(Path(root) / "results", folder / "results")
+    os.chdir(folder)
+    return folder
+
+
+def _unmake(what: str) -> None:
+    home = layout().suite(SUITE)
+    if what == "tables":
+        (home / "tables/.complete").unlink()
+        (home / "leaderboard/.complete").unlink()
+    elif what == "cell":
+        shutil.rmtree(next(home.glob("cells/own.*full_st*")))
+    else:
+        (home / "bases/hub.json").unlink()
+        for shared in layout().shared.glob("*/hub-*"):
+            shutil.rmtree(shared)

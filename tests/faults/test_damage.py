@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -138,3 +139,41 @@ def test_no_damaged_file_is_silently_used(suite, server, tmp_path, trials):
             wrong.append(f"{arguments}: {type(error).__name__}: {error}")
     print(f"\n{sum(counts.values())} trials: {dict(sorted(counts.items()))}")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(jobs)}", *wrong])
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own: a file system in memory, which only root may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "ballast-test", str(place)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip(f"no disk can be mounted: {made.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+# Least and most room that what is still to be made may have, kB; with the most it is finished.
+ROOM = {"cell": 600, "base": 1500, "tables": 6000}
+
+
+def test_a_full_disk_is_told_and_is_no_result(suite, server, disk, trials):
+    draw = random.Random(int(os.environ.get("BALLAST_SEED", 0)))
+    counts: Counter[str] = Counter()
+    for number in range(trials):
+        what = sorted(ROOM)[number % 3]
+        room = draw.randrange(ROOM[what])
+        try:
+            job = server.submit(runs.full_disk, str(suite), str(disk), what, room)
+            counts[f"{what}: {job.result(timeout=300)}"] += 1
+        except Exception as error:
+            pytest.fail(f"{what} with {room} kB: {type(error).__name__}: {error}")
+    print(f"\n{sum(counts.values())} trials: {dict(sorted(counts.items()))}")
+
+
+@pytest.mark.parametrize("what", ["cell", "base"])
+def test_results_that_cannot_be_written_to_are_told_before_work(what, suite, server, disk):
+    job = server.submit(runs.read_only, str(suite), str(disk), what)
+    assert job.result(timeout=300) == "told"

@@ -73,7 +73,7 @@ def prepare_task(
             + ("no encoder" if task.encoder else "an encoder")
         )
     shutil.rmtree(folder, ignore_errors=True)
-    made = {split: sources.rows(task.source, split, n) for split, n in entry["sizes"].items()}
+    made = {split: _rows(task, split, n) for split, n in entry["sizes"].items()}
     for split, rows in made.items():
         _check_keys(rows, task, split)
         _name_subjects(rows)
@@ -176,6 +176,13 @@ def _check_old(folder: Path, manifest: dict[str, Any]) -> None:
         raise Damaged(f"{folder}: damaged: {text}") from None
 
 
+def _rows(task: Task, split: str, count: int | None) -> list[sources.Row]:
+    try:
+        return sources.rows(task.source, split, count)
+    except DataError as error:
+        raise DataError(f"{task.name} {split}: {error}") from None
+
+
 def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
     """Refuse rows that lack what a task of this kind scores."""
     if task.encoder:
@@ -183,10 +190,17 @@ def _check_keys(rows: list[sources.Row], task: Task, split: str) -> None:
     needed = ("text",) if task.rolling else ("question", "response")
     if task.output_type == "multiple_choice":
         needed += ("choices", "answer")
+    if task.image:
+        needed += ("image",)
     for number, row in enumerate(rows, 1):
         for key in needed:
             if key not in row:
                 raise DataError(f"{task.name} {split}, row {number}: no {key} in {sorted(row)}")
+        if task.image and not hasattr(row["image"], "convert"):
+            raise DataError(
+                f"{task.name} {split}, row {number}: image is {row['image']!r:.120}; a picture is "
+                "expected"
+            )
 
 
 def _check_encoder_keys(rows: list[sources.Row], task: Task, split: str) -> None:
@@ -243,9 +257,7 @@ def _features(base: Base, rows: list[sources.Row]) -> tuple[Tensor, list[int]]:
     keys: dict[bytes, int] = {}
     distinct, places = [], []
     for row in rows:
-        image = row.get("image")
-        if image is None or not hasattr(image, "convert"):
-            raise DataError(f"{identity(row)!r}: image is {image!r}; a picture is expected")
+        image = row["image"]
         key = hashlib.sha256(image.tobytes()).digest()
         if key not in keys:
             keys[key] = len(distinct)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ballast.errors import DataError
 
+LONGEST = 220  # bytes of a name; disks take 255, and temporary files have longer ones
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -33,32 +35,48 @@ class Layout:
         return self.root / "workflow" / "schemas" / f"{name}.schema.yaml"
 
     def suite(self, name: str) -> Path:
-        return self.results / name
+        return self.results / plain(name)
 
     def cell(self, suite: str, cell: str) -> Path:
-        return self.suite(suite) / "cells" / cell
+        return self.suite(suite) / "cells" / plain(cell)
 
     def curve(self, suite: str, cell: str, kind: str) -> Path:
-        return self.suite(suite) / "curves" / f"{cell}.{kind}.json"
+        return self.suite(suite) / "curves" / plain(f"{cell}.{kind}.json")
 
     def plan(self, suite: str, key: str) -> Path:
-        return self.suite(suite) / "plan" / f"{key}.parquet"
+        return self.suite(suite) / "plan" / plain(f"{key}.parquet")
 
     @property
     def shared(self) -> Path:
         return self.results / "shared"
 
     def base(self, base: str, key: str) -> Path:
-        return self.shared / "bases" / f"{base}-{key}"
+        return self.shared / "bases" / plain(f"{base}-{key}")
 
     def data(self, base: str, base_key: str, task: str, key: str) -> Path:
-        return self.shared / "data" / f"{base}-{base_key}" / f"{task}-{key}"
+        return self.shared / "data" / plain(f"{base}-{base_key}") / plain(f"{task}-{key}")
 
     def scores(self, base: str, base_key: str, task: str, key: str) -> Path:
-        return self.shared / "scores" / f"{base}-{base_key}" / f"{task}-{key}"
+        return self.shared / "scores" / plain(f"{base}-{base_key}") / plain(f"{task}-{key}")
 
     def decompositions(self, base: str, base_key: str) -> Path:
-        return self.shared / "decompositions" / f"{base}-{base_key}"
+        return self.shared / "decompositions" / plain(f"{base}-{base_key}")
+
+
+def plain(name: str) -> str:
+    """The name, if it is one of a file and no path.
+
+    Raises DataError for a name that could lead out of its folder or that a disk would not take.
+    """
+    if name in ("", ".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
+        raise DataError(f"{name!r:.100} cannot be the name of a file: no '/', no '..', no controls")
+    try:
+        size = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise DataError(f"{name!r:.100} cannot be the name of a file: it is no Unicode") from None
+    if size > LONGEST:
+        raise DataError(f"{name!r:.100} is too long for the name of a file, {size} bytes")
+    return name
 
 
 def real_data(relative: str) -> Path:

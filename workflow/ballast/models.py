@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ballast.anatomy import Anatomy, anatomy_of
 from ballast.errors import DataError
+from ballast.escape import one_line, shorten
+from ballast.faults import fault_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,8 +45,23 @@ def load_base(folder: Path, precision: str = "fp32", device: str = "cpu") -> Bas
     """Load a base from a transformers folder; safetensors only, no remote code.
 
     An encoder is loaded with its masked-LM head; `encoders.add_head` gives it one for classes.
-    Raises DataError if the folder is not a causal, a masked or an image-text-to-text model.
+    Raises DataError if the folder is not a causal, a masked or an image-text-to-text model, or one
+    that transformers cannot load without code from the folder.
     """
+    try:
+        return _loaded(folder, precision, device)
+    except (DataError, RuntimeError, MemoryError):  # memory that a larger limit may give
+        raise
+    except Exception as error:
+        if fault_of(error) is not None:
+            raise
+        raise DataError(
+            f"{folder}: transformers cannot load it (code in the folder is never run): "
+            f"{type(error).__name__}: {shorten(one_line(str(error)), 300)}"
+        ) from error
+
+
+def _loaded(folder: Path, precision: str, device: str) -> Base:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

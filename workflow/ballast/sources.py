@@ -16,12 +16,15 @@ import json
 import random
 import re
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ballast.errors import DataError
+from ballast.escape import one_line, shorten
+from ballast.faults import fault_of
 from ballast.files import key_of, key_of_files
 from ballast.layout import real_data
 
@@ -35,11 +38,26 @@ KEYS = (
 def rows(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     """At most `count` rows of a split, the same ones every time.
 
-    Raises DataError if the data cannot be found or the reader is unknown.
+    Raises DataError if the data cannot be found, or are not what their reader reads, in one line
+    that says where, and if the reader is unknown.
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r}; allowed: {', '.join(SPLITS)}")
-    found = _reader(source)(source, split, count)
+    reader = _reader(source)
+    try:
+        found = reader(source, split, count)
+    except DataError:
+        raise
+    except Exception as error:
+        if fault_of(error) is not None or isinstance(error, MemoryError):
+            raise
+        where = " ".join(
+            str(source[k]) for k in ("path", "train", "test", "dataset") if k in source
+        )
+        raise DataError(
+            f"{where or source['reader']}: the reader {source['reader']} cannot read it: "
+            f"{type(error).__name__}: {shorten(one_line(str(error)), 300)}"
+        ) from error
     if not found:
         raise DataError(f"{source}: no rows in split {split}")
     return found
@@ -189,8 +207,13 @@ def _easy_vqa(source: dict[str, Any], split: str, count: int | None) -> list[Row
     with zipfile.ZipFile(real_data(source["images"])) as archive:
         for question, answer, image in items[:count]:
             if image not in pictures:
-                raw = archive.read(f"{name}/images/{image}.png")
-                pictures[image] = Image.open(io.BytesIO(raw)).convert("RGB")
+                where = f"{source['images']}: {name}/images/{image}.png"
+                try:
+                    raw = archive.read(f"{name}/images/{image}.png")
+                    pictures[image] = Image.open(io.BytesIO(raw)).convert("RGB")
+                except (KeyError, zipfile.BadZipFile, zlib.error, OSError, ValueError) as error:
+                    text = shorten(one_line(str(error)), 200)
+                    raise DataError(f"{where}: no picture: {text}") from None
             found.append(
                 {
                     "question": " ".join(re.findall(r"[a-z]+|\?", question.lower())),
@@ -240,39 +263,83 @@ def _hub(source: dict[str, Any], split: str, count: int | None) -> list[Row]:
     import datasets
 
     name = source.get("splits", {}).get(split, split)
+    # Data alone: `datasets` runs no script of a repository any more, whatever it is asked.
     loaded = datasets.load_dataset(
         source["dataset"], source.get("config"), split=name, revision=source.get("revision")
     )
     loaded = loaded.select(range(min(count or len(loaded), len(loaded))))
-    return [_mapped(item, source, f"{source['dataset']}, row {i}") for i, item in enumerate(loaded)]
+    found = []
+    for i in range(len(loaded)):
+        where = f"{source['dataset']} {name}, row {i + 1}"
+        try:
+            item = loaded[i]
+        except (OSError, ValueError, SyntaxError) as error:  # PIL's, for a broken picture
+            if fault_of(error) is not None:
+                raise
+            raise DataError(
+                f"{where}: cannot be decoded: {shorten(one_line(str(error)), 200)}"
+            ) from None
+        found.append(_mapped(item, source, where))
+    return found
 
 
 def _mapped(item: dict[str, Any], source: dict[str, Any], where: str) -> Row:
     """A row from an item by the source's `columns`; refuses missing keys and wrong types."""
     if not isinstance(item, dict):
-        raise DataError(f"{where}: {item!r}; an object with the row's keys is expected")
+        raise DataError(f"{where}: {_shown(item)}; an object with the row's keys is expected")
     columns = source.get("columns", {})
     row = {key: item[columns.get(key, key)] for key in KEYS if columns.get(key, key) in item}
     if "choices" in row:
         right = _right_choice(row, where)
         if row.setdefault("response", right) != right:
-            raise DataError(f"{where}: response is {row['response']!r}, the answer {right!r}")
+            raise DataError(
+                f"{where}: response is {_shown(row['response'])}, the answer {_shown(right)}"
+            )
     needed = ("text",) if "text" in row else ("question", "response")
     if "answer" in row and "response" not in row:
         needed = ("question",)  # a class by its index
+    named = {key: f"{key} (column {name})" for key, name in columns.items() if name != key}
     for key in needed + (("pair",) if "pair" in row else ()):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise DataError(f"{where}: {key} is {row.get(key)!r}; a text is expected")
+            text = _shown(row.get(key))
+            raise DataError(f"{where}: {named.get(key, key)} is {text}; a text is expected")
+    for key, value in row.items():
+        if not all(_is_unicode(text) for text in (value if isinstance(value, list) else [value])):
+            raise DataError(
+                f"{where}: {named.get(key, key)} is {_shown(value)}; text with half of a surrogate "
+                "pair is no Unicode"
+            )
+    if "image" in row and not hasattr(row["image"], "convert"):
+        name = named.get("image", "image")
+        raise DataError(f"{where}: {name} is {_shown(row['image'])}; a picture is expected")
     return row
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: in one line, and not long."""
+    return shorten(repr(value), 120)
+
+
+def _is_unicode(value: Any) -> bool:
+    if not isinstance(value, str):
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _right_choice(row: Row, where: str) -> str:
     choices, answer = row["choices"], row.get("answer")
     texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
     if not texts or len(choices) < 2:
-        raise DataError(f"{where}: choices is {choices!r}; a list of two texts or more is expected")
-    if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(
-            f"{where}: answer is {answer!r}; an index from 0 to {len(choices) - 1} is expected"
+            f"{where}: choices is {_shown(choices)}; a list of two texts or more is expected"
+        )
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        last = len(choices) - 1
+        raise DataError(
+            f"{where}: answer is {_shown(answer)}; an index from 0 to {last} is expected"
         )
     return choices[answer]

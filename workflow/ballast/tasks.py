@@ -15,6 +15,7 @@ from ballast.files import sha256_file
 ENCODER_TYPES = ("classification", "masked_token")
 UNITS = ("points", "nats", "perplexity")
 PATTERNS = ("answer_pattern", "subject_pattern")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 TEXT_READERS = ("stories", "wikitext")  # give plain text
 
 
@@ -103,6 +104,11 @@ def read_task(path: Path) -> Task:
         raise SuiteError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or not {"task", "output_type"} <= set(config):
         raise SuiteError(f"{path.name}: a task file with the keys task and output_type is expected")
+    if not isinstance(config["task"], str) or not NAME.fullmatch(config["task"]):
+        raise SuiteError(
+            f"{path.name}: task {config['task']!r:.100}; a name of 1 to 64 letters, digits, '_', "
+            "'.' and '-' is expected, a letter or digit first: folders are called by it"
+        )
     metadata = config.get("metadata") or {}
     for key in ("metric", "unit", "direction", "source", "title"):
         if key not in metadata:

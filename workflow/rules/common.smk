@@ -11,6 +11,7 @@ from ballast.damage import set_aside_damaged
 from ballast.dates import without_future
 from ballast.errors import BallastError
 from ballast.escape import file_names
+from ballast.faults import check_writable, fault_of
 from ballast.layout import Layout
 from ballast.orphans import announce_run
 from ballast.plan import read_plan
@@ -29,8 +30,10 @@ SUITE_FOLDER = Path(workflow.configfiles[0]).parent if workflow.configfiles else
 
 try:
     PLAN_FILE = make_plan_file(config, ROOT, RESULTS, SUITE_FOLDER)
-except BallastError as error:
-    raise WorkflowError(str(error))
+    if workflow.is_main_process and not workflow.dryrun:
+        check_writable(RESULTS / config["suite"])
+except (BallastError, OSError) as error:
+    raise WorkflowError(fault_of(error, RESULTS) or str(error))
 
 validate(config, str(ROOT / "workflow/schemas/suite.schema.yaml"), set_default=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.errors import Damaged, DataError
+from ballast.faults import fault_of
 from ballast.files import read_sealed, set_aside, sha256_file, write_sealed, wrong_files
 from ballast.layout import real_data
 
@@ -223,6 +224,8 @@ def _fetched(source: dict[str, Any], folder: Path) -> set[str]:
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         )
     except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
+        if fault_of(error) is not None:
+            raise
         raise _unreachable(source["hub"], error) from None
     notes = sorted((folder / ".cache/huggingface/download").glob("*.metadata"))
     return {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
