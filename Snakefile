@@ -28,6 +28,7 @@ rule all:
 
 
 onstart:
+    check_arrays()
     os.environ[RETRIES] = str(retries_here())
     print(opening())
 

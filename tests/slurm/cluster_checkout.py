@@ -14,6 +14,9 @@ from cluster import Cluster
 
 from checkout import Checkout
 
+# Far from what a cell takes, so that a busy machine meets none that a test does not mean.
+LIMITS = {"minutes": 15, "memory_mb": 3000}
+
 # All train as LoRA does, with its seed, data and settings: their adapters must be LoRA's.
 METHOD = '''"""A method of the tests: LoRA, and {what}."""
 
@@ -85,7 +88,7 @@ class ClusterCheckout(Checkout):
 
     def suite(self, name: str, methods: Any, **changes: Any) -> str:
         """Write a suite of its own name, its base ready; returns the option that runs it."""
-        changes = {"tuning": None} | changes
+        changes = {"tuning": None, "limits": LIMITS} | changes
         path = self.write_suite(name, suite=name, methods=methods, **changes)
         ready = f"results/{name}/bases/tiny.json"
         if not (self.root / ready).exists():
@@ -132,7 +135,7 @@ class Run:
     def output(self) -> str:
         return self.path.read_text()
 
-    def until(self, seen: Callable[[], Any], what: str, seconds: float = 180) -> Any:
+    def until(self, seen: Callable[[], Any], what: str, seconds: float = 600) -> Any:
         """Wait until something is seen, while the run goes on; returns it."""
         limit = time.monotonic() + seconds
         while not (found := seen()):
@@ -141,7 +144,7 @@ class Run:
             time.sleep(0.2)
         return found
 
-    def finish(self, code: int = 0, seconds: float = 400) -> str:
+    def finish(self, code: int = 0, seconds: float = 900) -> str:
         """Wait for the end and its exit code; returns what was printed."""
         try:
             found = self.process.wait(seconds)

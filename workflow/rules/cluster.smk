@@ -138,21 +138,38 @@ def base_gpus(wildcards):
     return base_limits_of(wildcards)["gpus"]
 
 
+def is_small(table, cell):
+    """Whether a cell shares a submission with others: it is small, and so are its parents."""
+    family = table.loc[[cell, *table.loc[cell, "parents"].split()], "spec"]
+    return max(json.loads(spec)["limits"]["minutes"] for spec in family) <= SMALL_MINUTES
+
+
 def group_of(table, kind):
     """Group: the small cells of one base; None for a large cell, which is submitted alone.
 
-    A group waits for the inputs of all its members, so no group has members of two bases, and a
-    post-hoc cell is in one only if all its parents are.
+    A group waits for the inputs of all its members, so no group has members of two bases.
     """
 
     def group(wildcards):
-        row = table.loc[wildcards.cell]
-        family = table.loc[[row["id"], *row["parents"].split()], "spec"]
-        if max(json.loads(spec)["limits"]["minutes"] for spec in family) > SMALL_MINUTES:
+        if not is_small(table, wildcards.cell):
             return None
-        name = f"{row['base']}-{kind}"
+        name = f"{table.loc[wildcards.cell, 'base']}-{kind}"
         # What `group: "{base}"` would do: group-components of the profile are looked up by "small".
         workflow.parent_groupids[name] = "small"
         return name
 
     return group
+
+
+def check_arrays():
+    """Raise if the cells of an array would differ: all its tasks get what the first asks for."""
+    if not getattr(workflow.executor_settings, "array_jobs", None):
+        return
+    specs = [json.loads(PLAN.loc[cell, "spec"]) for cell in PLAN["id"] if not is_small(PLAN, cell)]
+    asked = {(*spec["limits"].values(), spec["training"]["threads"]) for spec in specs}
+    if len(asked) > 1:
+        raise WorkflowError(
+            "slurm-array-jobs: the tasks of an array all get the time, memory and GPUs of its first "
+            f"one, and the large cells of this suite ask for {len(asked)} different things; leave "
+            "it out, or give the suite `limits:`"
+        )
