@@ -23,9 +23,9 @@ ALONE = ["--group-components", "small=1"]
 
 @pytest.fixture(scope="module")
 def lora(home) -> dict:
-    """The LoRA cell of a run without SLURM, in a folder of results of its own."""
-    home.snakemake(home.suite("local", SUITE["methods"]))
-    return home.records("local")["lora"]
+    """The LoRA cell of a run without SLURM."""
+    home.snakemake(home.suite("alone", ["lora"]), "--until", "cell")
+    return home.records("alone")["lora"]
 
 
 def assert_same(record: dict, lora: dict, resumed: bool = True) -> None:
@@ -57,7 +57,8 @@ def minutes(job: dict) -> int:
     return 60 * int(hours) + int(rest)
 
 
-def test_a_suite_runs_to_its_leaderboard(home, lora):
+def test_a_suite_runs_to_its_leaderboard(home):
+    home.snakemake(home.suite("local", SUITE["methods"]), "--until", "cell")
     since = home.last_job()
     path = home.write_suite(limits=LIMITS)
     output = home.slurm(f"--configfile={path}")
