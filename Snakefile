@@ -5,6 +5,10 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 
+# Jobs run in it with `--sdm apptainer`, and only then; envs/ballast.def builds it.
+container: "envs/ballast.sif"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/cluster.smk"
 include: "workflow/rules/bases.smk"

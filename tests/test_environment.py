@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from checkout import Checkout
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = ROOT / "envs"
 
@@ -128,3 +130,31 @@ def test_no_address_of_a_registry_is_committed():
     for path in [*ENVS.iterdir(), ROOT / "pyproject.toml", ROOT / ".ci/run"]:
         if path.is_file():
             assert not re.search(r"https?://", path.read_text()), path
+
+
+APPTAINER = """\
+#!/bin/sh
+# Notes what would run in which image, and runs it here; that the image has the pins is another
+# matter.
+[ "$1" = --version ] && echo apptainer version 1.3.4 && exit
+echo "$@" >> asked
+while [ "$1" != envs/ballast.sif ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def test_with_apptainer_jobs_run_in_the_image(tmp_path, monkeypatch):
+    """A login node's Snakemake starts every job by the image's Python, in the checkout."""
+    home = Checkout(tmp_path)
+    home.save_base()
+    tool = tmp_path / "bin" / "apptainer"
+    tool.parent.mkdir()
+    tool.write_text(APPTAINER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    base = "results/tiny/bases/tiny.json"
+    home.snakemake(base, "--sdm", "apptainer", "--apptainer-args=--nv")
+    assert (tmp_path / base).exists()
+    asked = (tmp_path / "asked").read_text()
+    assert re.search(r"exec --home \S+ --nv .*envs/ballast.sif \S*sh -c .*python", asked)
