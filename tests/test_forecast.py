@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import fake_records as fakes
 from ballast.errors import DataError, SuiteError
 from ballast.forecast import disk, flops, memory
 from ballast.forecast.architecture import WORLDS, network
@@ -26,8 +27,9 @@ from ballast.plan import make_plan
 from ballast.status import statuses_of
 from ballast.suite import load_suite, read_config, read_suite
 from ballast.tasks import read_tasks
-from checkout import REPOSITORY
+from checkout import REPOSITORY, Checkout
 
+ROLES = ("upstream", "target")
 LAYOUT = Layout(REPOSITORY, Path("nowhere"))
 TASKS = read_tasks(LAYOUT.tasks)
 MACHINE = Machine(2, 0, 16_000, None, "", 50_000)
@@ -386,3 +388,86 @@ def test_amounts_of_memory(text, mb):
 def test_amounts_of_memory_that_make_no_sense_are_refused(text):
     with pytest.raises(SuiteError, match="write 24GB"):
         parse_memory(text)
+
+
+# The command.
+
+
+def fake_record(row: pd.Series, status: str) -> dict:
+    """A record of a plan's row, whose scores come from other task definitions."""
+    spec = json.loads(row["spec"])
+    names = {role: [n for n, e in spec["tasks"].items() if e["role"] == role] for role in ROLES}
+    found = fakes.record(base=spec["base"], target=spec["target"])
+    found |= {
+        "id": row.name,
+        "identity": {key: spec.get(key) for key in found["identity"]},
+        "keys": {
+            "train": row["train_key"], "eval": "other", "base": row["base_key"], "data": "d",
+        },
+    }  # fmt: skip
+    templates = {"upstream": "facts", "target": "codes"}
+    for block in ("tasks", "scores", "base_scores"):
+        found[block] = {n: found[block][templates[role]] for role in ROLES for n in names[role]}
+    return found if status == "ok" else fakes.failed(found)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Checkout:
+    made = Checkout(tmp_path_factory.mktemp("planned"))
+    made.save_base()
+    return made
+
+
+def planned(home: Checkout, *arguments: str) -> dict:
+    return json.loads(home.run("ballast", "plan", *arguments, "--json"))
+
+
+def test_a_plan_is_there_before_anything_has_run(home):
+    text = home.run("ballast", "plan")
+    assert text.startswith("tiny: 3 cells, 0 done")
+    for word in ("full_st", "lora", "wise_ft", "to be made", "core-hours", "are free"):
+        assert word in text
+    found = planned(home, "config/config.yaml", "--cores", "3", "--memory", "100MB")
+    assert found["status"] == {"missing": 3}
+    assert found["machine"]["cores"] == 3
+    assert found["core_hours"] > 0
+    assert found["finished_cells"] == 0
+    # A process with torch alone is larger than the memory that was asked about.
+    assert {item["method"] for item in found["does_not_fit"]} == {"full_st", "lora", "wise_ft"}
+    listed = home.run("ballast", "plan", "--cells").splitlines()
+    assert [line.split()[0] for line in listed] == ["missing"] * 3
+    assert not (home.root / "results/tiny/cells").exists()
+
+
+def test_a_plan_follows_what_is_there(home):
+    """Records of finished cells, as a run writes them: one is to be scored again, one failed."""
+    before = planned(home)
+    paths = (home.root / "results/tiny/plan").glob("*.parquet")
+    plan = pd.read_parquet(next(path for path in paths if ".tune" not in path.name))
+    plan = plan.set_index("method", drop=False)
+    for name, status in (("full_st", "ok"), ("lora", "failed")):
+        row = plan.loc[name].rename(plan.loc[name, "id"])
+        record = fake_record(row, status)
+        folder = home.root / "results/tiny/cells" / record["id"]
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(record))
+    found = planned(home)
+    assert found["status"] == {"rescore": 1, "failed": 1, "missing": 1}
+    assert found["due"] == 2
+    assert found["finished_cells"] == 1
+    assert 0 < found["core_hours"] < before["core_hours"]
+    assert "1 failed; 1 to score again" in home.run("ballast", "plan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device-memory", "many"], "'many' is no amount of memory; write 24GB"),
+        (["--cores", "0"], "Invalid value for '--cores'"),
+        (["config/none.yaml"], "config/none.yaml: no such suite"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(home, arguments, said):
+    output = home.run("ballast", "plan", *arguments, code=2)
+    assert said in output
+    assert len(output.splitlines()) == 1

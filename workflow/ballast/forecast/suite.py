@@ -23,7 +23,7 @@ from ballast.forecast.prepare import preparation
 from ballast.layout import Layout
 from ballast.outcome import RECORD
 from ballast.records import read_path
-from ballast.suite import TRAINING
+from ballast.suite import EVALUATION, TRAINING
 from ballast.tasks import Task, read_tasks
 
 Record = Mapping[str, Any]
@@ -354,7 +354,7 @@ def spec_of_record(record: Record) -> dict[str, Any]:
         **record["identity"],
         "family": record["method"]["family"],
         "training": training,
-        "evaluation": settings["evaluation"],
+        "evaluation": EVALUATION | settings["evaluation"],
         "modules": settings["modules"],
         "connector": settings["connector"],
         "limits": {"gpus": int(device.startswith("cuda"))},
