@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -471,3 +472,21 @@ def test_bad_arguments_are_refused_in_one_line(home, arguments, said):
     output = home.run("ballast", "plan", *arguments, code=2)
     assert said in output
     assert len(output.splitlines()) == 1
+
+
+def test_planning_and_forecasting_grow_no_faster_than_the_cells():
+    """Ten times the cells take about ten times the processor's seconds; a square would take 100."""
+    config = read_config(REPOSITORY / "config/config.yaml")
+    config["bases"].pop("micro-vlm")
+    config["methods"], config["ranks"] = ["lora", "dora", "pissa", "milora", "olora"], [1, 2, 4]
+    config["learning_rates"] = "none.csv"
+    spent = []
+    for cells in (300, 3000):
+        seeds = list(range(1000, 1000 + cells // 30))
+        started = time.process_time()
+        plan = make_plan(load_suite(config | {"seeds": seeds}, LAYOUT))
+        assert len(plan) == cells
+        assert len(forecast(plan).cells) == cells
+        spent.append(time.process_time() - started)
+    assert spent[1] < 25 * spent[0], spent
+    assert spent[1] < 60, spent

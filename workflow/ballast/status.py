@@ -77,13 +77,19 @@ def statuses_of(plan: pd.DataFrame, records: Sequence[dict[str, Any]]) -> pd.Ser
     )
 
 
-def opening_text(plan: pd.DataFrame, layout: Layout, suite: str, cores: int) -> str:
-    """How many cells a suite has, how many are done, and what the rest may take."""
+def opening_text(
+    plan: pd.DataFrame, layout: Layout, suite: str, cores: int | None, gpus: int | None = None
+) -> str:
+    """How many cells a suite has, how many are done, and what the rest may take.
+
+    cores, gpus: how many cells run at a time at most; None: the GPUs of this machine.
+    """
     records, _ = scan(layout.suite(suite) / "cells")
     found = statuses_of(plan, records)
     parts = [counts_text(suite, found)]
     if found.isin(DUE).any():
-        machine = replace(this_machine(layout.results), cores=max(1, cores))
+        machine = replace(this_machine(layout.results), cores=max(1, cores or 1))
+        machine = machine if gpus is None else replace(machine, gpus=gpus)
         forecast = forecast_suite(plan, found, records, layout, machine)
         parts.append(f"{len(forecast.due)} to do, {cost_text(forecast)}")
         parts += warnings_of(forecast)

@@ -78,8 +78,21 @@ def all_cores(wildcards):
 
 
 def spec_of(table, wildcards):
-    """What the plan's row of a cell says."""
-    return json.loads(table.loc[wildcards.cell, "spec"])
+    """Limits and training settings of a cell of a table; parsed once, for each job asks often."""
+    return spec_of_cell(table, wildcards.cell)
+
+
+def spec_of_cell(table, cell):
+    """As `spec_of`, by the cell's id."""
+    asked = ASKED.setdefault(id(table), {})
+    if cell not in asked:
+        spec = json.loads(row_of(table, cell)["spec"])
+        asked[cell] = {"limits": spec["limits"], "training": spec["training"]}
+    return asked[cell]
+
+
+# By table and cell: what `spec_of` has parsed.
+ASKED = {}
 
 
 def base_limits_of(wildcards):
@@ -140,8 +153,9 @@ def base_gpus(wildcards):
 
 def is_small(table, cell):
     """Whether a cell shares a submission with others: it is small, and so are its parents."""
-    family = table.loc[[cell, *table.loc[cell, "parents"].split()], "spec"]
-    return max(json.loads(spec)["limits"]["minutes"] for spec in family) <= SMALL_MINUTES
+    family = [cell, *row_of(table, cell)["parents"].split()]
+    minutes = [spec_of_cell(table, each)["limits"]["minutes"] for each in family]
+    return max(minutes) <= SMALL_MINUTES
 
 
 def group_of(table, kind):
@@ -153,7 +167,7 @@ def group_of(table, kind):
     def group(wildcards):
         if not is_small(table, wildcards.cell):
             return None
-        name = f"{table.loc[wildcards.cell, 'base']}-{kind}"
+        name = f"{row_of(table, wildcards.cell)['base']}-{kind}"
         # What `group: "{base}"` would do: group-components of the profile are looked up by "small".
         workflow.parent_groupids[name] = "small"
         return name
@@ -165,7 +179,7 @@ def check_arrays():
     """Raise if the cells of an array would differ: all its tasks get what the first asks for."""
     if not getattr(workflow.executor_settings, "array_jobs", None):
         return
-    specs = [json.loads(PLAN.loc[cell, "spec"]) for cell in PLAN["id"] if not is_small(PLAN, cell)]
+    specs = [spec_of_cell(PLAN, cell) for cell in PLAN["id"] if not is_small(PLAN, cell)]
     asked = {(*spec["limits"].values(), spec["training"]["threads"]) for spec in specs}
     if len(asked) > 1:
         raise WorkflowError(
