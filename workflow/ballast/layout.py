@@ -35,7 +35,8 @@ class Layout:
         return self.root / "workflow" / "schemas" / f"{name}.schema.yaml"
 
     def suite(self, name: str) -> Path:
-        return self.results / plain(name)
+        # The cells of `tune` have a folder below the suite's: SUITE/tune.
+        return self.results.joinpath(*map(plain, name.split("/")))
 
     def cell(self, suite: str, cell: str) -> Path:
         return self.suite(suite) / "cells" / plain(cell)
