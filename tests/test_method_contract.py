@@ -577,3 +577,14 @@ def test_several_parents_are_refused_where_one_is_meant(name, make_model, make_b
     ctx = post_hoc_on(name, model, parents_on(model, 2), make_batches("llama", 2))
     with pytest.raises(SuiteError, match="exactly one"):
         load_method(FILES[name].path).post_hoc(ctx)
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if not FILES[n].declaration.merges])
+def test_a_tuned_connector_is_scored_unmerged_in_bf16(name, started):
+    """Training is under autocast and scoring is not: what was raised to fp32 has to come down."""
+    tuner, batches = started(name, "llava", torch.bfloat16, connector="tuned")
+    tuner.lower()
+    with torch.no_grad():
+        logits = tuner.ctx.model(**batches[0]).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()

@@ -231,6 +231,8 @@ class Work:
             if self.tuner is not None:
                 with self.phases.phase("merge"):
                     self.tuner.merge()
+        elif self.tuner is not None:
+            self.tuner.lower()
         tasks = read_tasks(self.layout.tasks)
         encoder = self.base.anatomy.kind == "encoder"
         delimiter = "" if encoder else template_for(self.base.tokenizer, self.spec).delimiter

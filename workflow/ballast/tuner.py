@@ -156,6 +156,13 @@ class Tuner:
         for name, adapter in list(self.ctx.adapters()):
             self.ctx.replace(name, adapter.merged())
         _untie(self.ctx.model)
+        self.lower()
+
+    def lower(self) -> None:
+        """Round the base's own parameters that trained in fp32 to the base's precision again.
+
+        Scoring runs without autocast: a connector in fp32 could not take features in bf16.
+        """
         for name, dtype in self.raised.items():
             parameter = self.ctx.model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
