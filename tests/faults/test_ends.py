@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ballast import locks, orphans, supervise
 from ballast.cell import _out_of_memory
@@ -242,14 +243,29 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("library", ["text", "safetensors"])
+def test_what_is_being_written_stays_whatever_file_a_library_makes_of_it(tmp_path, library):
+    with replacing(tmp_path / "a") as temporary:
+        if library == "safetensors":
+            save_file({"a": torch.ones(3)}, temporary)
+        else:
+            temporary.write_text("text")
+        remove_parts(tmp_path)
+        assert temporary.stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_what_a_killed_writer_left_is_removed_and_what_is_in_use_stays(tmp_path):
     stale = tmp_path / ".a.txt.stale.part"
-    stale.write_text("half")
+    stale.write_text("")
+    half = tmp_path / f"{stale.name}.new"
+    half.write_text("half")
     other = tmp_path / "samples" / ".b.txt.stale.part"
     other.parent.mkdir()
     other.write_text("half")
     with replacing(tmp_path / "a.txt") as temporary:
         assert not stale.exists()
+        assert not half.exists()
         remove_parts(tmp_path)
         assert not other.exists()
         assert temporary.exists()
@@ -257,7 +273,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_is_in_use_stays(tmp_path)
         write_text(tmp_path / "a.txt", "second")
         temporary.write_text("first")
     assert (tmp_path / "a.txt").read_text() == "first"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part*"))
 
 
 def test_seconds_since_the_start_do_not_follow_the_clock(monkeypatch):

@@ -36,8 +36,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(path.parent, f".{glob.escape(path.name)}.*{PART}")
-    handle, temporary = _locked_part(path)
+    handle, guard = _locked_guard(path)
+    temporary = _guarded(guard)
     try:
+        temporary.touch()
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -45,11 +47,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        guard.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _locked_part(path: Path) -> tuple[int, Path]:
-    """A new temporary file beside `path`, locked: while its writer lives, nobody removes it."""
+def _guarded(guard: Path) -> Path:
+    """The temporary file that a guard stands for.
+
+    It is not locked itself: some libraries put another file in the place of the one they write.
+    """
+    return guard.with_name(f"{guard.name}.new")
+
+
+def _locked_guard(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, locked: while its writer lives, nobody removes what it guards."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         with contextlib.suppress(OSError):  # a file system without locks
@@ -61,10 +72,11 @@ def _locked_part(path: Path) -> tuple[int, Path]:
 
 def remove_parts(folder: Path, pattern: str = f"**/.*{PART}") -> None:
     """Remove temporary files that killed processes left in `folder`; those in use stay."""
-    for part in folder.glob(pattern):
-        with contextlib.suppress(OSError), part.open("rb") as stream:
+    for guard in folder.glob(pattern):
+        with contextlib.suppress(OSError), guard.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+            _guarded(guard).unlink(missing_ok=True)
+            guard.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
