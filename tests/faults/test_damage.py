@@ -134,9 +134,12 @@ def test_no_damaged_file_is_silently_used(suite, server, tmp_path, trials):
     wrong = []
     for arguments, job in jobs.items():
         try:
-            counts[f"{arguments[2]}: {job.result(timeout=300)}"] += 1
+            found = job.result(timeout=300)
+            counts[f"{arguments[2]}: {found}"] += 1
         except Exception as error:
-            wrong.append(f"{arguments}: {type(error).__name__}: {error}")
+            found = f"{type(error).__name__}: {error}"
+            wrong.append(f"{arguments}: {found}")
+        print(*arguments, found, flush=True)  # of many trials, what there is when one is stopped
     print(f"\n{sum(counts.values())} trials: {dict(sorted(counts.items()))}")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(jobs)}", *wrong])
 
