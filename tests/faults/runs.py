@@ -322,7 +322,10 @@ def trial(root: str, place: str, file: str, other: str, kind: str, action: str, 
 
 def _named(lines: list[str], *files: str) -> bool:
     text = "\n".join(lines)
-    return any(Path(f).name in text or str(Path(f).parent) in text for f in files)
+    cells = [Path(f).parent.name for f in files if "/cells/" in f]
+    return any(Path(f).name in text or str(Path(f).parent) in text for f in files) or any(
+        cell in text for cell in cells
+    )
 
 
 # Disks.
