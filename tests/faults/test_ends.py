@@ -259,7 +259,8 @@ def test_what_a_killed_writer_left_is_removed_and_what_is_in_use_stays(tmp_path)
     stale = tmp_path / ".a.txt.stale.part"
     stale.write_text("")
     half = tmp_path / f"{stale.name}.new"
-    half.write_text("half")
+    half.mkdir()
+    (half / ".tmp123").write_text("half")
     other = tmp_path / "samples" / ".b.txt.stale.part"
     other.parent.mkdir()
     other.write_text("half")

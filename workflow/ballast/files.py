@@ -37,8 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(path.parent, f".{glob.escape(path.name)}.*{PART}")
     handle, guard = _locked_guard(path)
-    temporary = _guarded(guard)
+    folder = _guarded(guard)
+    temporary = folder / path.name
     try:
+        folder.mkdir()
         temporary.touch()
         yield temporary
         with temporary.open("rb") as stream:
@@ -46,15 +48,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         guard.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _guarded(guard: Path) -> Path:
-    """The temporary file that a guard stands for.
+    """The folder of the temporary file that a guard stands for.
 
-    It is not locked itself: some libraries put another file in the place of the one they write.
+    The file is not locked itself, and not alone: some libraries write another one beside it, which
+    then takes its place.
     """
     return guard.with_name(f"{guard.name}.new")
 
@@ -75,7 +78,7 @@ def remove_parts(folder: Path, pattern: str = f"**/.*{PART}") -> None:
     for guard in folder.glob(pattern):
         with contextlib.suppress(OSError), guard.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _guarded(guard).unlink(missing_ok=True)
+            shutil.rmtree(_guarded(guard), ignore_errors=True)
             guard.unlink()
 
 
