@@ -156,9 +156,13 @@ def test_operations_are_those_that_torch_counts(kind, train):
         trainable = made.stack.parameters if train == "full" else 4 * sides
         forecast = flops.training_flops(made, tokens, length, trainable, train == "full")
     counted = counted_flops(config, train, (rows, length))
-    # The counter does not know addmm_, by which LoRA adds its update.
-    rel = {None: 1e-9, "full": 0.004, "lora": 0.03}[train]
-    assert forecast == pytest.approx(counted, rel=rel)
+    if train == "lora":
+        # The counter does not know addmm_, by which LoRA adds its update.
+        counted += (
+            2 * tokens * 4 * made.stack.layers * sum(m for m, _ in made.stack.linear.values())
+        )
+    # Biases and norms train without a matrix product; the input of LoRA's first A needs none.
+    assert forecast == pytest.approx(counted, rel=1e-9 if train is None else 0.004)
 
 
 # Finished cells: the results that are kept with the repository.
@@ -209,6 +213,12 @@ def test_finished_cells_forecast_others(kept, by):
     median, off = factors(memories)
     assert 0.98 < median < 1.02
     assert off < 1.1
+
+
+def test_cells_that_are_left_out_teach_nothing(kept):
+    made = calibrated(kept, left_out=lambda spec: spec["method"] != "lora")
+    assert made.cells == sum(spec["method"] == "lora" for spec, _, _ in kept)
+    assert calibrated(kept, left_out=lambda _: True).cells == 0
 
 
 def test_a_cell_of_the_same_kind_counts_more_than_others(kept):
@@ -311,6 +321,9 @@ def test_a_large_base_does_not_fit_a_small_gpu_and_the_advice_makes_it_fit(offli
     again, _ = large_suite(**training)
     left = too_large(forecast(again, machine), TASKS, 24_000, 200_000)
     assert "lora" not in {item.method for item in left}
+    # The mildest setting that is enough, and no other.
+    wide = too_large(forecast(plan, replace(machine, gpu_memory_mb=26_000)), TASKS, 26_000, 2e5)
+    assert {item.method: item.advice for item in wide}["lora"] == {"precision": "bf16"}
     # On a GPU of 192 GB everything fits, in fp32 with all its moments.
     assert not too_large(forecast(plan, replace(machine, gpu_memory_mb=192_000)), TASKS, 192e3, 2e5)
 
@@ -321,6 +334,7 @@ def test_memory_of_full_training_is_at_least_sixteen_bytes_a_parameter():
     spec["evaluation"] = {"batch_size": 1}
     held = memory.peak(spec, made, made.stack.parameters, 512, gpu=True)
     assert held.device_mb > 16 * made.stack.parameters / 1e6
+    assert held.parts["moments"] == 2 * held.parts["gradients"] == 8 * made.stack.parameters / 1e6
     half = spec | {"training": spec["training"] | {"precision": "bf16"}}
     lora = half | {"family": "reparameterization"}
     assert 14_000 < memory.peak(lora, made, 2e7, 64, gpu=True).device_mb < 32_000
