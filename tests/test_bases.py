@@ -196,6 +196,26 @@ def test_a_killed_download_goes_on_and_never_mixes_two_commits(hub, saved, tmp_p
     assert same["files"][weights] == moved["files"][weights] == etag
 
 
+def test_a_branch_that_moves_changes_no_base_that_is_there(hub, tmp_path, monkeypatch):
+    """Its stored copy is used, and a damaged one is downloaded again from the commit it had."""
+    endpoint, asked = hub
+    job = ({"hub": "tiny/llama"}, tmp_path / "base")
+    [made] = in_a_child(endpoint, tmp_path, job)
+    monkeypatch.setitem(REVISIONS, "main", REVISIONS["v1"])
+    asked.clear()
+    assert in_a_child(endpoint, tmp_path, job) == [made]
+    assert asked == []
+    weights = tmp_path / "base/model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (again,) = in_a_child(endpoint, tmp_path, job)
+    assert again["files"] == made["files"]
+    assert again["commit"] == made["commit"] != REVISIONS["v1"]
+    (new,) = in_a_child(endpoint, tmp_path, (job[0], tmp_path / "new"))
+    assert new["commit"] == REVISIONS["v1"]
+
+
 def test_what_cannot_be_downloaded_names_the_way_out(hub, tmp_path):
     endpoint, _ = hub
     jobs = [
