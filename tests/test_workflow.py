@@ -71,6 +71,22 @@ KILLED = """def after_step(ctx):
     if BROKEN.exists() and ctx.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 """
+EXITS = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        raise SystemExit(0)
+"""
+VANISHES = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        os._exit(0)
+"""
+CRASHES = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 3:
+        __import__("ctypes").string_at(0)
+"""
+MUTE = """def after_step(ctx):
+    if BROKEN.exists():
+        __import__("sys").stderr.close()
+"""
 SLOW = """def after_step(ctx):
     if SLOW.exists():
         time.sleep(1)
@@ -81,6 +97,10 @@ FAILING = {
     "hangs": HANGS,
     "grows": GROWS,
     "killed": KILLED,
+    "exits": EXITS,
+    "vanishes": VANISHES,
+    "crashes": CRASHES,
+    "mute": MUTE,
 }
 
 
@@ -310,7 +330,7 @@ def failing(home) -> str:
             methods=[*FAILING, "last_st"],
             training={k: v for k, v in SUITE["training"].items() if k != "weight_decay"},
             tuning=None,
-            limits={"minutes": 0.75, "memory_mb": 1800},
+            limits={"minutes": 1.5, "memory_mb": 1800},
         )
     )
 
@@ -326,12 +346,19 @@ def test_failures_are_results_and_stop_nobody(home, failing):
         "hangs": "time",
         "grows": "oom",
         "killed": "killed",
+        "exits": "raised",
+        "vanishes": "raised",
+        "crashes": "killed",
+        "mute": "raised",
     }
-    assert failures["raises"]["reason"] == "ValueError: no luck today"
+    assert failures["raises"]["reason"] == "in after_step: ValueError: no luck today"
     assert failures["diverges"]["reason"].startswith("step 3: loss")
-    assert failures["hangs"]["reason"] == "not finished after 0.75 minutes, the limit"
+    assert failures["hangs"]["reason"] == "not finished after 1.5 minutes, the limit"
     assert failures["grows"]["reason"].endswith("limit 1800 MiB")
     assert failures["killed"]["reason"].startswith("killed by SIGKILL at ")
+    assert failures["exits"]["reason"] == "SystemExit: 0"
+    assert failures["vanishes"]["reason"] == "the process ended with exit code 0 and no record"
+    assert failures["crashes"]["reason"].startswith("killed by SIGSEGV at ")
     assert records["last_st"]["status"] == "ok"
     board = (home.root / "results/failing/tables/leaderboard.md").read_text()
     for method, failure in failures.items():
@@ -355,10 +382,10 @@ def test_retry_tries_the_failed_cells_and_no_other(home, failing):
     (home.root / "break").unlink()
     before = home.times("run.json", "failing")
     output = home.run("ballast", "retry", failing, "--", "--cores", "2")
-    assert "5 failed cells to try again" in output
+    assert "9 failed cells to try again" in output
     records, after = home.records("failing"), home.times("run.json", "failing")
     assert {record["status"] for record in records.values()} == {"ok"}
     assert {m for m in after if after[m] == before[m]} == {"last_st"}
-    for method in ("raises", "diverges", "hangs", "killed"):
+    for method in ("raises", "diverges", "hangs", "killed", "exits", "vanishes", "crashes"):
         assert records[method]["provenance"]["resumed_from"] == 2
     assert home.run("ballast", "retry", failing).startswith("0 failed cells")
