@@ -26,7 +26,7 @@ from ballast.bases.llama2c import convert
 from ballast.errors import DataError
 from ballast.files import read_sealed, sha256_file
 from ballast.models import load_base, pick_device
-from conftest import BUILDERS
+from tiny_models import BUILDERS
 
 REVISIONS = {"v1": "1" * 40, "main": "2" * 40}
 without_data = pytest.mark.skipif(

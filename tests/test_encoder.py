@@ -54,8 +54,8 @@ from ballast.template import Encoding
 from ballast.training import Examples, Trainer, response_loss
 from ballast.worlds import encoder as world
 from ballast.worlds import text
-from conftest import CLASSES
 from tiny import METHODS, backward, distance, logits, randomise, same_bytes, tuner_of
+from tiny_models import CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = discover(METHODS)

@@ -15,8 +15,8 @@ from ballast.layout import Layout
 def test_what_the_hub_has_is_fetched_and_nothing_is_made(monkeypatch, tmp_path):
     def spec(source: dict, **tasks: list[str]) -> str:
         entries = {name: {"sizes": dict.fromkeys(splits, 5)} for name, splits in tasks.items()}
-        about = {"source": source, "base_key": "k", "evaluation": {"batch_size": 1}}
-        return json.dumps(about | {"tasks": entries})
+        about = {"source": source, "base_key": "k", "tasks": entries}
+        return json.dumps(about | {"evaluation": {"batch_size": 1}, "training": {"device": "cpu"}})
 
     online, here = {"hub": "a/b", "revision": "v1"}, {"world": "micro-lm"}
     plan = pd.DataFrame(

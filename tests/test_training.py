@@ -31,8 +31,8 @@ from ballast.training import (
     rate_factor,
     response_loss,
 )
-from conftest import BUILDERS, IMAGE_TOKEN, _randomise
 from tiny import tuner_of
+from tiny_models import BUILDERS, IMAGE_TOKEN, randomise
 
 SETTINGS = {
     "steps": 10,
@@ -409,7 +409,7 @@ def train_here(method: str, folder: Path, hold: bool, options: dict) -> tuple[st
 
     trainer = trainer_of(
         method,
-        _randomise(BUILDERS[kind]()),
+        randomise(BUILDERS[kind]()),
         examples_of(kind),
         checkpoint=folder / "checkpoint.safetensors",
         report=report,
