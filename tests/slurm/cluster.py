@@ -170,7 +170,8 @@ class Cluster:
             binds.append(f"mount --bind {self.root}/{own} {place}")
         own = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         self._init = subprocess.Popen(
-            [*own, "sh", "-c", " && ".join([*binds, "exec sleep infinity"])],
+            # A shell that waits, so that what loses its parent here is reaped.
+            [*own, "sh", "-c", " && ".join([*binds, "while sleep 1; do :; done"])],
             stdout=subprocess.DEVNULL,
         )
         self._until(lambda: self.run("test", "-e", "/etc/slurm/ours", check=False) is not None, 5)
