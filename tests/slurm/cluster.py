@@ -242,14 +242,20 @@ class Cluster:
         self.run("slurmctld")
         self._until(lambda: self.run("scontrol", "ping", check=False) is not None, 30)
 
+    def stop_slurmctld(self) -> None:
+        """Stop slurmctld as an administrator does: it saves its state."""
+        pid = (self.root / "slurmctld.pid").read_text().strip()
+        self.run("scontrol", "shutdown", "slurmctld")
+        self._until(lambda: self.run("kill", "-0", pid, check=False) is None, 30)
+
     def start_slurmd(self) -> None:
         self.run("slurmd")
 
-    def kill_daemon(self, name: str) -> None:
-        """Kill slurmctld or slurmd at once; the jobs' own stepd processes live on."""
-        pid = (self.root / f"{name}.pid").read_text().strip()
+    def kill_slurmd(self) -> None:
+        """Kill slurmd at once; the jobs' own stepd processes live on."""
+        pid = (self.root / "slurmd.pid").read_text().strip()
         self.run("kill", "-9", pid)
-        self._until(lambda: self.run("kill", "-0", pid, check=False) is None, 10)
+        self._until(lambda: self.run("kill", "-0", pid, check=False) is None, 30)
 
     def idle(self) -> bool:
         return (self.run("sinfo", "-h", "-o", "%T", check=False) or "").split()[:1] == ["idle"]

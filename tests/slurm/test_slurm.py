@@ -57,7 +57,7 @@ def minutes(job: dict) -> int:
 
 
 def test_a_suite_runs_to_its_leaderboard(home):
-    home.snakemake(home.suite("local", SUITE["methods"]), "--until", "cell")
+    home.snakemake(home.suite("local", SUITE["methods"], tuning=SUITE["tuning"]))
     since = home.last_job()
     path = home.write_suite(limits=LIMITS)
     output = home.slurm(f"--configfile={path}")
@@ -89,7 +89,11 @@ def test_what_slurm_kills_is_tried_again_with_more_and_goes_on(home, plain):
         assert (megabytes(first), megabytes(last)) == (1500, 3000)
         assert_same(records[method], plain)
     assert jobs["stalls"][0]["State"] == "TIMEOUT"
-    assert jobs["grows"][0]["State"] == "OUT_OF_MEMORY"
+    # The kernel killed the cell alone; its supervisor and Snakemake ended the job by themselves.
+    assert jobs["grows"][0]["State"] in ("OUT_OF_MEMORY", "FAILED")
+    assert f"oom-kill event(s) in StepId={jobs['grows'][0]['JobID']}" in home.cluster.log(
+        "slurmd.log"
+    )
     assert "2 done, 0 failed" in output
 
 
@@ -149,6 +153,7 @@ def test_cancelled_jobs_and_daemons_that_go_away_lose_nothing(home, plain):
     cluster = home.cluster
     (home.root / "wait").touch()
     option = home.suite("broken", {"waits": {"ranks": [2]}}, seeds=[0, 1, 2])
+    # Memory for two at a time.
     since = home.last_job()
     run = home.start(option, *ALONE, "--jobs", "3", "--set-resources", "cell:mem_mb=6000")
     cells = home.root / "results/broken/cells"
@@ -158,11 +163,11 @@ def test_cancelled_jobs_and_daemons_that_go_away_lose_nothing(home, plain):
     by_state = {job["State"]: job["JobID"] for job in home.jobs(since)}
     cluster.run("scancel", by_state["PENDING"], by_state["RUNNING"])
     run.until(lambda: len(states()) == 5, "both submitted again")
-    cluster.kill_daemon("slurmctld")
+    cluster.stop_slurmctld()
     time.sleep(30)
     cluster.start_slurmctld()
-    run.until(lambda: len(list(cells.glob("*/checkpoint*"))) == 3, "the third checkpoint")
-    cluster.kill_daemon("slurmd")
+    run.until(lambda: states().count("RUNNING") == 2, "two cells that run")
+    cluster.kill_slurmd()
     time.sleep(5)
     cluster.start_slurmd()
     (home.root / "wait").unlink()
