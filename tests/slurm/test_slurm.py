@@ -172,7 +172,8 @@ def test_cancelled_jobs_and_daemons_that_go_away_lose_nothing(home, plain):
     cluster.start_slurmd()
     (home.root / "wait").unlink()
     run.finish()
-    assert sorted(states())[:2] == ["CANCELLED by 0"] * 2
+    # Accounting adds by whom, but not after a restart.
+    assert [state.split()[0] for state in sorted(states())[:2]] == ["CANCELLED"] * 2
     found = [json.loads(path.read_text()) for path in cells.glob("*/run.json")]
     assert [record["status"] for record in found] == ["ok"] * 3
     [first] = [record for record in found if record["identity"]["seed"] == 0]
