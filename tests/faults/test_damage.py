@@ -81,7 +81,9 @@ def server():
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["runs"])
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        2, mp_context=context, initializer=runs.use_stand_ins, max_tasks_per_child=1
+    ) as pool:
         yield pool
 
 
