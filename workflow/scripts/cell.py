@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from ballast.faults import told_in_one_line
-from ballast.kept import keep_record, restore_record
 from ballast.layout import Layout
 from ballast.plan import row_of
+from ballast.spares import keep_record, restore_record
 from ballast.supervise import finish_cell
 
 plan, cell = Path(snakemake.resources.plan), snakemake.wildcards.cell

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ballast.curves.curve_job import finish_curve
 from ballast.faults import told_in_one_line
-from ballast.kept import keep, restore
 from ballast.layout import Layout
+from ballast.spares import keep, restore
 
 if snakemake.resources.remote:
     restore(Path(snakemake.output[0]))  # left alone if it is current

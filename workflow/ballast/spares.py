@@ -1,9 +1,9 @@
-"""Finished records and curves that outlive Snakemake's cleaning up after a group of jobs.
+"""Spare copies of finished records and curves, for when Snakemake cleans up a group of jobs.
 
 On a cluster several small cells share a submission. Where one of them fails, or SLURM kills it,
 Snakemake removes what all of them declared, finished ones included, and runs all of them again. A
 copy beside the file lets a job that finds it finished put it back, instead of scoring once more.
-Only what ended well is kept: a failure is tried again.
+Only what ended well has one: a failure is tried again.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ def _copy(source: Path, target: Path) -> None:
         temporary.write_bytes(source.read_bytes())
 
 
-def _kept(path: Path) -> Path:
-    return path.with_name(f".{path.name}.kept")
+def _spare(path: Path) -> Path:
+    return path.with_name(f".{path.name}.spare")
 
 
 def keep(path: Path) -> None:
     """Keep a copy of a finished file beside it."""
-    _copy(path, _kept(path))
+    _copy(path, _spare(path))
 
 
 def restore(path: Path) -> bool:
-    """Put a kept file back in its place; False if none was kept."""
-    if not _kept(path).exists():
+    """Put the copy of a file in its place; False if there is none."""
+    if not _spare(path).exists():
         return False
-    _copy(_kept(path), path)
+    _copy(_spare(path), path)
     return True
 
 
 def keep_record(row: dict[str, Any], layout: Layout) -> None:
-    """Keep the record of a plan's row if the cell ended well."""
+    """Keep a copy of the record of a plan's row if the cell ended well."""
     path = cell_folder(row, layout) / RECORD
     if read_path(path)["status"] == "ok":
         keep(path)
 
 
 def restore_record(row: dict[str, Any], layout: Layout) -> bool:
-    """Put a cell's kept record back if it is current and all that it names is there, unchanged."""
+    """Put the copy of a record back if it is current and all that it names is there, unchanged."""
     folder = cell_folder(row, layout)
     try:
-        record = read_path(_kept(folder / RECORD))
+        record = read_path(_spare(folder / RECORD))
     except DataError:
         return False
     if status_of(row, record) != "ok" or not _complete(record, folder):
