@@ -27,6 +27,7 @@ from ballast.errors import DataError
 from ballast.evaluation import score_task, write_items
 from ballast.harness import TextLM, language_model
 from ballast.models import FeatureTower, load_base, tower_features, use_stored_features
+from ballast.records import not_finite
 from ballast.tasks import Task
 from ballast.template import Template, template_for
 from ballast.worlds import text as world
@@ -611,6 +612,58 @@ WORDS = (
     "runs running",
     "é ü",
 )
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_one_item_that_is_no_number_is_never_left_out(kind, text_base, tmp_path):
+    """A model that overflows on one word has no loss, whatever its other items say."""
+    rows = world.rows("copy", "test", 6)
+    rows = [row | {"choices": [row["response"], "red"], "answer": 0} for row in rows]
+    rows = [row | {"text": row["question"]} for row in rows]
+    metric = {"multiple_choice": "accuracy", "generate_until": "exact_match"}
+    metric = metric.get(kind, "next_token_accuracy")
+    task = task_of(kind, metric, jsonl(rows, tmp_path / "a"), tmp_path)
+    prepare(text_base, task, tmp_path / "task", {"test": None})
+    words = [set(row["question"].split()) for row in rows]
+    word = min(words[0] - set().union(*words[1:]))
+    broken = text_base.tokenizer.get_vocab()[word]
+
+    def overflow(module, arguments, output):
+        return output.masked_fill((arguments[0] == broken)[..., None], math.nan)
+
+    text_base.model.get_input_embeddings().register_forward_hook(overflow)
+    scores = score_task(language_model(text_base, 1), task, tmp_path / "task", " ")
+    assert list(scores.items["loss"].isna()) == [True] + [False] * 5
+    assert not_finite(scores.summary, "") == "loss"
+
+
+def test_one_choice_that_is_no_number_makes_its_item_none(text_base, facts, monkeypatch):
+    task, folder, _ = facts
+    lm = language_model(text_base, 64)
+    likelihoods = lm.loglikelihood
+
+    def first_overflows(requests, **options):
+        found = likelihoods(requests, **options)
+        wrong = requests[0].doc["answer"] == 0  # the first request is of choice 0
+        return [(math.nan, False) if i == wrong else pair for i, pair in enumerate(found)]
+
+    monkeypatch.setattr(lm, "loglikelihood", first_overflows)
+    scores = score_task(lm, task, folder, " ")
+    assert list(scores.items["loss"].isna()) == [True] + [False] * 23
+    assert not_finite(scores.summary, "") == "loss"
+
+
+def test_a_loss_beyond_all_perplexities_is_no_error(text_base, tmp_path):
+    rows = [{"text": row["question"]} for row in world.rows("copy", "test", 3)]
+    task = task_of(
+        "loglikelihood_rolling", "next_token_accuracy", jsonl(rows, tmp_path / "a"), tmp_path
+    )
+    prepare(text_base, task, tmp_path / "task", {"test": None})
+    with torch.no_grad():
+        text_base.model.get_output_embeddings().weight.mul_(1e6)
+    scores = score_task(language_model(text_base, 3), task, tmp_path / "task", " ")
+    assert math.isfinite(scores.summary["loss"])
+    assert not_finite(scores.summary, "") == "byte_perplexity"
 
 
 def test_accuracy_is_scikit_learns():

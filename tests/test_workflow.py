@@ -87,10 +87,39 @@ MUTE = """def after_step(ctx):
     if BROKEN.exists():
         __import__("sys").stderr.close()
 """
+BLOWS = """def after_step(ctx):
+    if BROKEN.exists() and ctx.step == 6:
+        for value in ctx.own().values():
+            value.data.fill_(1e30)
+"""
 SLOW = """def after_step(ctx):
     if SLOW.exists():
         time.sleep(1)
 """
+EDITS = '''"""A method of the tests: WiSE-FT, and something that goes wrong."""
+
+from pathlib import Path
+
+from ballast.declare import Declaration
+
+from . import wise_ft
+from .wise_ft import Hyper
+
+declaration = Declaration(
+    title="Edits",
+    citation="the tests",
+    family="post-hoc",
+    merges=True,
+    unchanged_at_start=False,
+    parents=("last_st",),
+)
+
+
+def post_hoc(ctx):
+    if Path("break").exists():
+        raise ValueError("no edit today")
+    return wise_ft.post_hoc(ctx)
+'''
 FAILING = {
     "raises": RAISES,
     "diverges": DIVERGES,
@@ -101,6 +130,7 @@ FAILING = {
     "vanishes": VANISHES,
     "crashes": CRASHES,
     "mute": MUTE,
+    "blows": BLOWS,
 }
 
 
@@ -323,11 +353,13 @@ def failing(home) -> str:
     """A suite of methods that fail while the file `break` lies in the working directory."""
     for name, body in FAILING.items():
         drop_in(home, name, body)
+    (home.root / "methods/edits.py").write_text(EDITS)
+    methods = [*FAILING, "last_st", "edits", "wise_ft"]
     return str(
         home.write_suite(
             "failing",
             suite="failing",
-            methods=[*FAILING, "last_st"],
+            methods={name: {} for name in methods} | {"wise_ft": {"parents": ["raises-r2"]}},
             training={k: v for k, v in SUITE["training"].items() if k != "weight_decay"},
             tuning=None,
             limits={"minutes": 1.5, "memory_mb": 1800},
@@ -350,9 +382,18 @@ def test_failures_are_results_and_stop_nobody(home, failing):
         "vanishes": "raised",
         "crashes": "killed",
         "mute": "raised",
+        "blows": "diverged",
+        "edits": "raised",
+        "wise_ft": "raised",
     }
     assert failures["raises"]["reason"] == "in after_step: ValueError: no luck today"
     assert failures["diverges"]["reason"].startswith("step 3: loss")
+    assert failures["blows"]["reason"].endswith("is no finite number: its outputs overflow")
+    assert failures["edits"]["reason"] == "in post_hoc: ValueError: no edit today"
+    parent = records["raises"]["id"]
+    assert (
+        failures["wise_ft"]["reason"] == f"parent {parent} failed: {failures['raises']['reason']}"
+    )
     assert failures["hangs"]["reason"] == "not finished after 1.5 minutes, the limit"
     assert failures["grows"]["reason"].endswith("limit 1800 MiB")
     assert failures["killed"]["reason"].startswith("killed by SIGKILL at ")
@@ -373,7 +414,7 @@ def test_another_suite_takes_nothing_from_the_default_one(home, failing):
     record = home.records("failing")["last_st"]
     assert record["settings"]["training"]["weight_decay"] == 0.0
     assert record["settings"]["learning_rate_source"] == "method's default"
-    assert set(home.records("failing")) == {*FAILING, "last_st"}
+    assert set(home.records("failing")) == {*FAILING, "last_st", "edits", "wise_ft"}
     assert set(home.records()) == {"full_st", "lora", "wise_ft"}
     assert "Nothing to be done" in home.snakemake("-n")
 
@@ -382,7 +423,7 @@ def test_retry_tries_the_failed_cells_and_no_other(home, failing):
     (home.root / "break").unlink()
     before = home.times("run.json", "failing")
     output = home.run("ballast", "retry", failing, "--", "--cores", "2")
-    assert "9 failed cells to try again" in output
+    assert "12 failed cells to try again" in output
     records, after = home.records("failing"), home.times("run.json", "failing")
     assert {record["status"] for record in records.values()} == {"ok"}
     assert {m for m in after if after[m] == before[m]} == {"last_st"}

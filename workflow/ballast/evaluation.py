@@ -134,7 +134,10 @@ def _run(
         "metadata": {"version": task.metadata.get("version", 1)},
     }
     config.pop("validation_split", None)
-    if not task.rolling:
+    if task.rolling:
+        # Unused; lm-eval's own choice raises where a perplexity is beyond all numbers.
+        config["metric_list"] = [{"metric": "bits_per_byte"}]
+    else:
         config["target_delimiter"] = delimiter
     manager = TaskManager(include_defaults=False)
     results = evaluator.evaluate(lm=lm, task_dict=manager.load([config]), bootstrap_iters=0)
@@ -152,7 +155,8 @@ def _choices(
     rows = []
     for sample in samples:
         doc, logs = sample["doc"], [float(answer[0]) for answer in sample["filtered_resps"]]
-        true = logs[doc["answer"]]
+        # A choice that is no number has no place in the order, whichever choice is true.
+        true = math.nan if any(map(math.isnan, logs)) else logs[doc["answer"]]
         tokens = _tokens(lm, doc["prompt"], delimiter + doc["choices"][doc["answer"]])
         rows.append(
             {
@@ -216,16 +220,25 @@ def _rolling(lm: TextLM, task: Task, samples: list[dict[str, Any]]) -> Scores:
             }
         )
     scores = _summary(task, pd.DataFrame(rows))
-    nats = float((scores.items["loss"] * scores.items["tokens"]).sum())
-    scores.summary["byte_perplexity"] = math.exp(nats / int(scores.items["bytes"].sum()))
+    nats = float((scores.items["loss"] * scores.items["tokens"]).sum(skipna=False))
+    scores.summary["byte_perplexity"] = _exp(nats / int(scores.items["bytes"].sum()))
     return scores
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _summary(task: Task, items: pd.DataFrame) -> Scores:
     """The task's metric over the items, and the loss per token over all their tokens."""
     value, scores = metrics.score(task.metric, items["prediction"], items["reference"])
     items["score"] = scores
-    loss = float((items["loss"] * items["tokens"]).sum() / items["tokens"].sum())
+    # One item that is no number makes the task's loss none: such a model has no result.
+    nats = (items["loss"] * items["tokens"]).sum(skipna=False)
+    loss = float(nats / items["tokens"].sum())
     return Scores({"value": value, "n": len(items), "loss": loss}, items)
 
 

@@ -122,7 +122,7 @@ class Scorer:
         """The score of some of the stored items, as `evaluation` makes it of all."""
         items = pd.read_parquet(path).set_index("item").loc[rows]
         value, _ = metrics.score(self.tasks[name].metric, items["prediction"], items["reference"])
-        loss = float((items["loss"] * items["tokens"]).sum() / items["tokens"].sum())
+        loss = float((items["loss"] * items["tokens"]).sum(skipna=False) / items["tokens"].sum())
         return {"value": value, "n": len(items), "loss": loss}
 
 
