@@ -10,13 +10,14 @@ import pandas as pd
 
 from ballast import fetch as module
 from ballast.layout import Layout
+from ballast.suite import TRAINING
 
 
 def test_what_the_hub_has_is_fetched_and_nothing_is_made(monkeypatch, tmp_path):
     def spec(source: dict, **tasks: list[str]) -> str:
         entries = {name: {"sizes": dict.fromkeys(splits, 5)} for name, splits in tasks.items()}
         about = {"source": source, "base_key": "k", "tasks": entries}
-        return json.dumps(about | {"evaluation": {"batch_size": 1}, "training": {"device": "cpu"}})
+        return json.dumps(about | {"evaluation": {"batch_size": 1}, "training": TRAINING})
 
     online, here = {"hub": "a/b", "revision": "v1"}, {"world": "micro-lm"}
     plan = pd.DataFrame(

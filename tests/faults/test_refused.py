@@ -157,7 +157,7 @@ def test_a_base_with_nan_is_refused_by_the_weights_name(saved):
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(saved)
     with pytest.raises(DataError, match=r"model\.norm\.weight holds NaN"):
-        _load(saved, "cpu")
+        _load(saved, "fp32", "cpu")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

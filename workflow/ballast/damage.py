@@ -16,7 +16,7 @@ import pandas as pd
 from ballast.errors import Damaged, DataError
 from ballast.files import SUMS, read_seal, read_sealed, set_aside, sha256_small, wrong_files
 from ballast.layout import Layout
-from ballast.outcome import COMPLETE, MADE_OF_RECORDS
+from ballast.outcome import COMPLETE, MADE_OF_RECORDS, all_tasks
 from ballast.records import NAME, one_line, status_of
 
 # Files of a cell that tables and pages are made from, and that scoring the cell again makes anew.
@@ -107,7 +107,7 @@ def _gone(ready: dict[str, Any], home: Path) -> Iterator[str]:
     if "path" not in made["source"]:
         model = Path(ready["model"])
         yield from (f"{p}: missing" for p in (model / n for n in made["files"]) if not p.is_file())
-    for task in ready["tasks"].values():
+    for task in all_tasks(ready):
         folder = Path(task["folder"])
         manifest = read_sealed(folder / MANIFEST)
         for name in manifest.get("files", {}):

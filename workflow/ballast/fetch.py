@@ -33,7 +33,8 @@ def fetch(plan: pd.DataFrame, layout: Layout, report: Callable[[str], None]) -> 
                 made = make_base(base["spec"], folder, report)
             report(f"{base['name']}: {made['model']}")
             count += 1
-    entries = [item for base in bases for item in base["entries"].items()]
+    blocks = [own for base in bases for own in base["entries"].values()]
+    entries = [item for own in blocks for item in own.items()]
     wanted = {(task, split) for task, entry in entries for split in entry["sizes"]}
     for task in sorted({task for task, _ in wanted if tasks[task].source["reader"] == "hub"}):
         for split in sorted(split for name, split in wanted if name == task):

@@ -63,8 +63,18 @@ def base_limits(
     cells. What `own` says of its cells is the least that it gets.
     """
     gpus = max(_own_gpus(own, size, training["device"]) for training in trainings)
+    precisions = sorted({training["precision"] for training in trainings})
     needed = preparation(
-        source, size.shape, entries, tasks, batch_size, gpus, SLOW, methods, longest=True
+        source,
+        size.shape,
+        entries,
+        tasks,
+        batch_size,
+        gpus,
+        SLOW,
+        methods,
+        longest=True,
+        precisions=precisions,
     )
     least = {key: max(LEAST_BASE[key], own.get(key, 0)) for key in LEAST_BASE}
     return _guard(least, needed.seconds, needed.host_mb) | {"gpus": gpus}

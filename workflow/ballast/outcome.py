@@ -19,6 +19,8 @@ from ballast.tasks import Task, read_tasks
 RECORD = "run.json"
 # Stands in the folders that are made from a suite's records while they show every record.
 COMPLETE, MADE_OF_RECORDS = ".complete", ("tables", "leaderboard")
+# Of a ready base: its tasks by precision, for cells in lower ones than fp32.
+LOWER = "lower_precisions"
 # Exit codes by which a cell's process tells its supervisor what happened. BROKEN: data or a base is
 # not what it should be, or the machine failed (`faults`); neither is a result of the cell.
 RECORDED, BROKEN, OUT_OF_MEMORY = 0, 3, 77
@@ -134,21 +136,40 @@ def cell_folder(row: dict[str, Any], layout: Layout) -> Path:
 
 
 def ready_base(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """The base of a cell as `ready.make_ready` left it. Raises DataError if it is another one."""
-    suite = json.loads(row["spec"])["suite"]
+    """The base of a cell as `ready.make_ready` left it, `tasks` being those of its own precision.
+
+    Raises DataError if it is another one.
+    """
+    spec = json.loads(row["spec"])
+    suite = spec["suite"]
     ready = read_sealed(layout.suite(suite) / "bases" / f"{row['base']}.json")
     if ready["base_key"] != row["base_key"]:
         raise DataError(f"base {row['base']} changed under the cell: plan and base disagree")
-    spec = json.loads(row["spec"])
+    own = tasks_in(ready, spec["training"]["precision"])
     for name, entry in spec["tasks"].items():
         wanted = layout.data(row["base"], row["base_key"], name, entry["data_key"])
-        found = ready["tasks"].get(name)
+        found = own.get(name)
         if found is None or Path(found["folder"]).parts[-2:] != wanted.parts[-2:]:
             raise DataError(
                 f"base {row['base']}: was not made ready with {name} as the plan wants it; remove "
                 f"{layout.suite(suite) / 'bases' / row['base']}.json and run again"
             )
-    return ready
+    # A post-hoc cell asks for the training data of parents, whose precision may be another one.
+    others = {
+        name: t for precision in ready.get(LOWER, {}).values() for name, t in precision.items()
+    }
+    return ready | {"tasks": ready["tasks"] | others | own}
+
+
+def tasks_in(ready: dict[str, Any], precision: str) -> dict[str, dict[str, Any]]:
+    """A ready base's tasks for cells of a precision: their data, and its own scores in it."""
+    return ready["tasks"] if precision == "fp32" else ready.get(LOWER, {}).get(precision, {})
+
+
+def all_tasks(ready: dict[str, Any]) -> list[dict[str, Any]]:
+    """A ready base's tasks for cells of every precision that it has cells in."""
+    blocks = [ready["tasks"], *ready.get(LOWER, {}).values()]
+    return [task for block in blocks for task in block.values()]
 
 
 def _task(task: Task, entry: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class _Base:
     name: str
     spec: dict[str, Any]
     key: str
-    tasks: dict[str, dict[str, Any]]  # by task: role, count and keys
+    # By precision of its cells, then by task: role, count and keys.
+    tasks: dict[str, dict[str, dict[str, Any]]]
     size: BaseSize
     limits: dict[str, Any]  # of making it ready
 
@@ -83,8 +84,14 @@ def _end(spec: dict[str, Any]) -> dict[str, str]:
     return {"end": spec["end"]} if "end" in spec else {}
 
 
-def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Roles, item counts and keys of every task that a base is scored or trained on."""
+def _task_entries(
+    suite: Suite, base: str, spec: dict[str, Any], precision: str
+) -> dict[str, dict[str, Any]]:
+    """Roles, item counts and keys of every task that a base is scored or trained on.
+
+    precision: in which the untouched base is scored and its vision tower read; the keys of fp32 do
+    not name it.
+    """
     limits = suite.config["evaluation"]
     roles = [(name, "upstream") for name in spec["upstream"]]
     roles += [(name, "probe") for name in spec.get("probes", [])]
@@ -95,6 +102,7 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
     }
     roles += [(name, "target") for name in trainings]
     template = [spec.get("template", "chat"), spec.get("delimiter"), *_end(spec).values()]
+    lower = [] if precision == "fp32" else [precision]
     entries = {}
     for name, role in roles:
         task = suite.tasks[name]
@@ -113,6 +121,7 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
         ]
         if task.encoder:
             data.append([task.output_type, task.classes])
+        features = lower if task.image else []
         # Rows of others that stand on both sides leave the training side, so that its content
         # depends on how many items are held out; generated rows never do.
         counted = sizes if task.source["reader"] != "world" else training.get("examples")
@@ -120,10 +129,16 @@ def _task_entries(suite: Suite, base: str, spec: dict[str, Any]) -> dict[str, di
             "role": role,
             "sizes": sizes,
             "max_length": training.get("max_length"),
-            "data_key": key_of(*data, sizes, task.image, length=12),
-            "train_key": key_of(*data, counted, length=12),
+            "data_key": key_of(*data, sizes, task.image, *features, length=12),
+            "train_key": key_of(*data, counted, *features, length=12),
             "eval_key": key_of(
-                data[:2], count, task.digest, versions.EVALUATION, limits["batch_size"], length=12
+                data[:2],
+                count,
+                task.digest,
+                versions.EVALUATION,
+                limits["batch_size"],
+                *lower,
+                length=12,
             ),
         }
     return entries
@@ -157,12 +172,16 @@ def make_plan(suite: Suite, layout: Layout | None = None) -> pd.DataFrame:
 
 
 def _base(suite: Suite, name: str, spec: dict[str, Any], layout: Layout | None) -> _Base:
-    key, tasks = base_key(spec), _task_entries(suite, name, spec)
+    key, trainings = base_key(spec), list(suite.targets(name).values())
+    tasks = {
+        precision: _task_entries(suite, name, spec, precision)
+        for precision in dict.fromkeys(training["precision"] for training in trainings)
+    }
     size = base_size(spec["source"], layout and base_folder(layout, name, key))
     limits = base_limits(
         spec["source"],
-        tasks,
-        list(suite.targets(name).values()),
+        next(iter(tasks.values())),
+        trainings,
         suite.config["evaluation"]["batch_size"],
         size,
         suite.tasks,
@@ -267,6 +286,7 @@ def _spec(
     """The frozen spec of a cell: everything that a person chose and that affects its numbers."""
     declaration = method.declaration
     members = suite.target_tasks(base.name, target)
+    training = suite.targets(base.name)[target]
     spec = {
         "suite": suite.name,
         "base": base.name,
@@ -278,7 +298,7 @@ def _spec(
         "hyper": method.settings(item["set"], suite.folders),
         "connector": item.get("connector", "frozen"),
         "modules": suite.config["modules"],
-        "training": suite.targets(base.name)[target],
+        "training": training,
         "merges": declaration.merges,
         "family": declaration.family,
         "title": declaration.title,
@@ -295,7 +315,7 @@ def _spec(
         **_classes(suite, members),
         "tasks": {
             name: entry
-            for name, entry in base.tasks.items()
+            for name, entry in base.tasks[training["precision"]].items()
             if entry["role"] != "target" or name in members
         },
     }
@@ -336,10 +356,11 @@ def _row(
     settings = settings_that_count(spec)
     spec = spec | {"parents": [parent["id"] for parent in parents]}
     settings["parents"] = spec["parents"]
+    entries = base.tasks[spec["training"]["precision"]]
     label = spec["method"] + (f"-r{spec['rank']}" if spec["rank"] else "")
     label += f"+{spec['variant']}" if spec["variant"] else ""
     slug = ".".join([spec["base"], target, label, f"s{spec['seed']}"])
-    data = [base.tasks[name]["train_key"] for name in suite.target_tasks(base.name, target)]
+    data = [entries[name]["train_key"] for name in suite.target_tasks(base.name, target)]
     train_key = key_of(
         settings,
         method.digest,
@@ -359,7 +380,7 @@ def _row(
         "posthoc": not method.declaration.trains,
         "parents": " ".join(spec["parents"]),
         "base_key": base.key,
-        "data_key": key_of({k: v["data_key"] for k, v in base.tasks.items()}, length=12),
+        "data_key": key_of({k: v["data_key"] for k, v in entries.items()}, length=12),
         "train_key": train_key,
         "eval_key": key_of(scored, suite.config["evaluation"]["drift"]),
         "spec": json.dumps(spec | {"method_digest": method.digest}, sort_keys=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,23 @@ from ballast.errors import Damaged, DataError
 from ballast.files import read_seal, read_sealed, set_aside, sha256_file, write_sealed
 from ballast.layout import Layout
 from ballast.locks import held
+from ballast.outcome import LOWER
 from ballast.records import NAME, not_finite
 from ballast.tasks import Task
 
 Report = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]  # by task: the plan's entry
 SCORES, VALIDATION, ITEMS = "scores.json", "validation.json", "items.parquet"
 DIGEST = "items_sha256"
 
 
 def spec_of_base(plan: pd.DataFrame, name: str) -> dict[str, Any]:
-    """What `make_ready` needs of a plan's base: its source, key, and the tasks of all its cells."""
+    """What `make_ready` needs of a plan's base: its source, key, and the tasks of all its cells,
+    by the precision that they run in."""
     specs = [json.loads(text) for text in plan.loc[plan["base"] == name, "spec"]]
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Entries] = {}
     for spec in specs:
-        entries |= spec["tasks"]
+        entries.setdefault(spec["training"]["precision"], {}).update(spec["tasks"])
     first = specs[0]
     return {
         "name": name,
@@ -52,11 +56,25 @@ def gpus_of_base(plan: pd.DataFrame, name: str) -> int:
     return json.loads(specs.iloc[0])["base_limits"]["gpus"]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What all steps of making a base ready share; the arguments of `make_ready`."""
+
+    name: str
+    spec: dict[str, Any]
+    key: str
+    tasks: dict[str, Task]
+    layout: Layout
+    report: Report
+    batch_size: int
+    device: str
+
+
 def make_ready(
     name: str,
     spec: dict[str, Any],
     key: str,
-    entries: dict[str, dict[str, Any]],
+    entries: dict[str, Entries],
     tasks: dict[str, Task],
     layout: Layout,
     report: Report,
@@ -66,75 +84,73 @@ def make_ready(
 ) -> dict[str, Any]:
     """Make base, data and untouched scores; returns what cells need to know of them.
 
-    The base is held meanwhile: another suite that needs it waits, and finds it made. device: where
-    it is scored, as its cells are (`auto`, `cpu` or `cuda`).
+    entries: the plan's entries of tasks by precision (`fp32`, `bf16`): in each the base is loaded,
+    its tower read and its scores made, as its cells run. device: where, as they do (`auto`, `cpu`
+    or `cuda`). The base is held meanwhile: another suite that needs it waits, and finds it made.
     Raises DataError if a base pretrained here misses its gate, with all scores in the message.
     """
+    work = _Work(name, spec, key, tasks, layout, report, batch_size, device)
     with held(layout.base(name, key), name, report):
-        return _ready(name, spec, key, entries, tasks, layout, report, batch_size, threads, device)
+        return _ready(work, entries, threads)
 
 
-def _ready(
-    name: str,
-    spec: dict[str, Any],
-    key: str,
-    entries: dict[str, dict[str, Any]],
-    tasks: dict[str, Task],
-    layout: Layout,
-    report: Report,
-    batch_size: int,
-    threads: int,
-    device: str,
-) -> dict[str, Any]:
+def _ready(work: _Work, entries: dict[str, Entries], threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    made = make_base(spec, layout.base(name, key), report)
-    _check_cells(name, key, made, layout)
-    folders = {
-        task: layout.data(name, key, task, entry["data_key"]) for task, entry in entries.items()
+    made = make_base(work.spec, work.layout.base(work.name, work.key), work.report)
+    _check_cells(work.name, work.key, made, work.layout)
+    found = {
+        precision: _tasks(work, own, precision, Path(made["model"]))
+        for precision, own in entries.items()
     }
-    load = functools.cache(lambda: _load(Path(made["model"]), device))
-    manifests = {
-        task: prepare_task(load, spec, tasks[task], entry, folders[task], report)
-        for task, entry in entries.items()
-    }
-    check_overlaps(folders, [t for t, entry in entries.items() if entry["role"] == "target"])
-    scores = _scores(name, spec, key, entries, tasks, layout, report, folders, load, batch_size)
-    _check_gate(name, spec, entries, scores)
+    full = found.pop("fp32", {})
     return {
-        "base": name,
-        "base_key": key,
+        "base": work.name,
+        "base_key": work.key,
         "model": made["model"],
         "source": made["source"],
         **({"commit": made["commit"]} if "commit" in made else {}),
         "files": made["files"],
         "seconds": made["seconds"],
-        "tasks": {
-            task: {"folder": str(folders[task]), "manifest": manifests[task], **found}
-            for task, found in scores.items()
-        },
+        "tasks": full,
+        **({LOWER: found} if found else {}),
+    }
+
+
+def _tasks(work: _Work, entries: Entries, precision: str, model: Path) -> dict[str, dict[str, Any]]:
+    """Data and untouched scores of tasks for the cells of one precision."""
+    folders = {
+        task: work.layout.data(work.name, work.key, task, entry["data_key"])
+        for task, entry in entries.items()
+    }
+    load = functools.cache(lambda: _load(model, precision, work.device))
+    manifests = {
+        task: prepare_task(load, work.spec, work.tasks[task], entry, folders[task], work.report)
+        for task, entry in entries.items()
+    }
+    check_overlaps(folders, [t for t, entry in entries.items() if entry["role"] == "target"])
+    scores = _scores(work, entries, precision, folders, load)
+    _check_gate(work, entries, precision, scores)
+    return {
+        task: {"folder": str(folders[task]), "manifest": manifests[task], **made}
+        for task, made in scores.items()
     }
 
 
 def _scores(
-    name: str,
-    spec: dict[str, Any],
-    key: str,
-    entries: dict[str, dict[str, Any]],
-    tasks: dict[str, Task],
-    layout: Layout,
-    report: Report,
+    work: _Work,
+    entries: Entries,
+    precision: str,
     folders: dict[str, Path],
     load: Callable[[], Any],
-    batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """The untouched base's scores and the file of its items by task, from the store or made now.
 
     Tasks with a validation split have `validation_scores` too: what `tune` compares its cells to.
     """
     places = {
-        task: layout.scores(name, key, task, f"{entry['eval_key']}-{entry['data_key']}")
+        task: work.layout.scores(work.name, work.key, task, _scores_key(entry))
         for task, entry in entries.items()
     }
     files = {task: {"test": SCORES} for task in entries}
@@ -145,7 +161,7 @@ def _scores(
     due = []
     for task, own in files.items():
         for split, file in own.items():
-            found[task][split] = _stored(places[task], task, file, report)
+            found[task][split] = _stored(places[task], task, file, work.report)
             if found[task][split] is None:
                 due.append((task, split))
     if due:
@@ -157,20 +173,31 @@ def _scores(
         base = load()
         if base.multimodal:
             use_stored_features(base)
-        lm = language_model(base, batch_size)
+        lm = language_model(base, work.batch_size)
         encoder = base.anatomy.kind == "encoder"
-        delimiter = "" if encoder else template_for(base.tokenizer, spec).delimiter
+        delimiter = "" if encoder else template_for(base.tokenizer, work.spec).delimiter
         for task, split in due:
-            scores = score_task(lm, tasks[task], folders[task], delimiter, split)
+            scores = score_task(lm, work.tasks[task], folders[task], delimiter, split)
             kept = found[task][split] = dict(scores.summary)
             if split == "test":
                 write_items(scores, places[task] / ITEMS)
                 kept[DIGEST] = sha256_file(places[task] / ITEMS)
-            _check_finite(name, task, kept)
+            _check_finite(work.name, task, kept)
             of = {"of": [task, files[task][split]]}
             write_sealed(places[task] / files[task][split], of | kept)
-            report(f"untouched, {task} {split}: {scores.summary['value']:.1f}")
+            value = f"{scores.summary['value']:.1f}{_named(precision)}"
+            work.report(f"untouched, {task} {split}: {value}")
     return {task: _entry(place, found[task]) for task, place in places.items()}
+
+
+def _scores_key(entry: dict[str, Any]) -> str:
+    """Key of a task's stored scores; its first part tells a precision lower than fp32."""
+    return f"{entry['eval_key']}-{entry['data_key']}"
+
+
+def _named(precision: str) -> str:
+    """What a line says of a precision: nothing of fp32."""
+    return "" if precision == "fp32" else f" in {precision}"
 
 
 def _entry(place: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -241,10 +268,10 @@ def _check_finite(name: str, task: str, scores: dict[str, Any]) -> None:
         )
 
 
-def _load(folder: Path, device: str) -> Any:
+def _load(folder: Path, precision: str, device: str) -> Any:
     from ballast.models import load_base
 
-    base = load_base(folder, device=device)
+    base = load_base(folder, precision, device)
     for name, value in base.model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise DataError(f"{folder}: the weight {name} holds NaN or infinite numbers")
@@ -252,12 +279,9 @@ def _load(folder: Path, device: str) -> Any:
 
 
 def _check_gate(
-    name: str,
-    spec: dict[str, Any],
-    entries: dict[str, dict[str, Any]],
-    scores: dict[str, dict[str, Any]],
+    work: _Work, entries: Entries, precision: str, scores: dict[str, dict[str, Any]]
 ) -> None:
-    gate = spec.get("gate")
+    gate = work.spec.get("gate")
     if gate is None:
         return
     upstream = {
@@ -268,6 +292,6 @@ def _check_gate(
     if min(upstream.values()) < gate:
         shown = ", ".join(f"{task} {value:.1f}" for task, value in upstream.items())
         raise DataError(
-            f"base {name} must reach {gate} on every upstream task and reached {shown}; "
-            "what a base cannot do cannot be forgotten"
+            f"base {work.name} must reach {gate} on every upstream task and reached "
+            f"{shown}{_named(precision)}; what a base cannot do cannot be forgotten"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,13 @@ def preparation(
     machine: Machine,
     methods: Iterable[str] = (),
     longest: bool = False,
+    precisions: Collection[str] = ("fp32",),
 ) -> Preparation:
-    """Of a base with these tasks; methods: those of its cells, which may want decompositions."""
+    """Of a base with these tasks.
+
+    methods: those of its cells, which may want decompositions; precisions: those that its cells run
+    in, in each of which it is scored and its vision tower read.
+    """
     each = 4 if "world" in source else 2
     weights = each * network.parameters
     seconds = 2 * weights / READING
@@ -55,8 +60,10 @@ def preparation(
         if tasks[name].image
         for count in entry["sizes"].values()
     )
-    rate = machine.rate(gpus > 0, "fp32")
-    seconds += tower_flops(network, images) / rate
+    features = 0.0
+    for precision in precisions:
+        seconds += tower_flops(network, images) / machine.rate(gpus > 0, precision)
+        features += disk.feature_bytes(network, images, 4 if precision == "fp32" else 2)
     seconds += TOKENISED * sum(passes(tasks[n], entry["sizes"]) for n, entry in entries.items())
     decomposed = 0.0
     if set(methods) & disk.DECOMPOSING:
@@ -64,11 +71,18 @@ def preparation(
         # A singular value decomposition of an m x n matrix takes about 14 m n min(m, n) operations.
         work = sum(m * n * min(m, n) for m, n in network.stack.linear.values())
         seconds += 14 * network.stack.layers * work / machine.rate(False, "fp32")
-    spec = {
+    spec: dict[str, Any] = {
         "family": "reparameterization", "method": "", "connector": "frozen", "modules": "all",
-        "rank": 1, "target": "", "training": TRAINING | {"batch_size": 1}, "tasks": dict(entries),
+        "rank": 1, "target": "", "training": {}, "tasks": dict(entries),
         "evaluation": {"batch_size": batch_size, "drift": False}, "limits": {"gpus": gpus},
     }  # fmt: skip
-    scored = cell_need(spec, network, tasks, machine, rescore=True, longest=longest)
-    shared = (0.0 if "path" in source else weights) + disk.feature_bytes(network, images)
-    return Preparation(seconds + scored.total, scored.host_mb, shared + decomposed)
+    scored = []
+    for precision in precisions:
+        spec["training"] = TRAINING | {"batch_size": 1, "precision": precision}
+        scored.append(cell_need(spec, network, tasks, machine, rescore=True, longest=longest))
+    shared = (0.0 if "path" in source else weights) + features
+    return Preparation(
+        seconds + sum(need.total for need in scored),
+        max(need.host_mb for need in scored),
+        shared + decomposed,
+    )

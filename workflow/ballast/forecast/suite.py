@@ -238,6 +238,7 @@ def _share(made: Forecast, specs: dict[int, dict[str, Any]], tasks: dict[str, Ta
             own[0]["limits"]["gpus"],
             made.machine,
             {spec["method"] for spec in own},
+            precisions=sorted({spec["training"]["precision"] for spec in own}),
         )
         made.shared_mb += taken.disk / 1e6
         if not base.ready:
