@@ -16,7 +16,9 @@ import types
 import pytest
 
 from ballast import devices
+from ballast import driver as driver_module
 from ballast.devices import DeviceError, Gpu, driver_gpus, lease, visible_devices
+from ballast.forecast.machine import this_machine
 from ballast.supervise import run_limited
 
 A, B, C = (f"GPU-{letter * 8}-1111-2222-3333-{letter * 12}" for letter in "abc")
@@ -119,11 +121,34 @@ def test_where_nvidia_smi_is_of_no_use_the_kernels_list_is_read(driver, broken):
 
 def test_an_nvidia_smi_that_hangs_is_given_up(driver, monkeypatch):
     driver("trap '' TERM; exec sleep 60")
-    monkeypatch.setattr(devices, "DRIVER_SECONDS", 0.3)
+    monkeypatch.setattr(driver_module, "SECONDS", 0.3)
     started = time.monotonic()
     with lease(1, "cell") as gpus:
         assert gpus.environment == {}
     assert time.monotonic() - started < 3
+
+
+def test_a_hanging_driver_does_not_stop_a_run_at_its_start(driver, monkeypatch):
+    """Not even one that survives SIGKILL, as a process inside a hung driver does."""
+    driver("trap '' TERM; exec sleep 60")
+    monkeypatch.setattr(driver_module, "SECONDS", 0.3)
+    killed = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda child: killed.append(child))
+    started = time.monotonic()
+    found = this_machine()
+    assert time.monotonic() - started < 3
+    assert (found.gpus, found.gpu_memory_mb) == (0, None)
+    (child,) = killed
+    monkeypatch.undo()
+    child.kill()
+    child.wait()
+
+
+def test_the_machine_has_the_gpus_that_the_driver_lists(driver):
+    driver(f"echo '0, {A}, NVIDIA H200, 143771'; echo '1, {B}, NVIDIA H200, 143771'")
+    found = this_machine()
+    assert (found.gpus, found.gpu_name) == (2, "NVIDIA H200")
+    assert found.gpu_memory_mb == pytest.approx(143771 * 1.048576)
 
 
 def test_no_gpu_asked_for_hides_all_of_them(monkeypatch):

@@ -14,7 +14,6 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
+from ballast.driver import nvidia_smi
 from ballast.errors import BallastError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARED_BY = "BALLAST_CELLS_PER_GPU"  # how many cells may use one GPU at a time; 1 if not set
 LOCK = "ballast-gpu"  # how the names of all locks begin
 DRIVER = Path("/proc/driver/nvidia/gpus")
-DRIVER_SECONDS = 30.0  # how long nvidia-smi may take; on some machines it wakes eight GPUs first
 PATIENCE = 5.0  # seconds of waiting before it is said
 # What CUDA accepts: it stops reading at the first entry that is none of these.
 ENTRY = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
@@ -121,10 +120,10 @@ def _identity(device: str, gpus: list[Gpu]) -> str:
 def driver_gpus() -> list[Gpu] | None:
     """The GPUs that the NVIDIA driver lists, in its order; None if it cannot be asked.
 
-    A driver that hangs is given up after DRIVER_SECONDS.
+    A driver that hangs is given up (`driver.nvidia_smi`).
     """
-    listed = _nvidia_smi()
-    if listed is not None:
+    listed = nvidia_smi("-L")
+    if listed is not None and listed.startswith("GPU "):
         blocks = re.split(r"^(?=GPU )", listed, flags=re.M)[1:]
         return [_gpu(index, block) for index, block in enumerate(blocks)]
     try:
@@ -139,28 +138,6 @@ def _gpu(index: int, block: str) -> Gpu:
     """A GPU from its lines of `nvidia-smi -L`: its own, and one for each of its parts."""
     uuid, *parts = re.findall(r"\(UUID: ([\w/-]+)\)", block) or [str(index)]
     return Gpu(uuid, tuple(parts))
-
-
-def _nvidia_smi() -> str | None:
-    """What `nvidia-smi -L` prints; None if it is missing, fails, lists nothing, or hangs."""
-    try:
-        child = subprocess.Popen(
-            ["nvidia-smi", "-L"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-    except OSError:
-        return None
-    try:
-        code = child.wait(DRIVER_SECONDS)
-    except subprocess.TimeoutExpired:
-        # Not waited for: inside a driver that hangs, not even SIGKILL ends it.
-        child.kill()
-        return None
-    text = child.stdout.read()
-    return text if code == 0 and text.startswith("GPU ") else None
 
 
 def _wait(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from ballast.driver import nvidia_smi
 from ballast.errors import SuiteError
 
 # Peak FLOP/s of dense matrix products by a part of the GPU's name: (bf16 or fp16, fp32), and bytes
@@ -93,18 +93,8 @@ def parse_memory(text: str) -> float:
 
 def _gpus() -> list[tuple[str, float]]:
     """Name and memory (MB) of the GPUs that the driver lists and this process may see."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = [
-        "nvidia-smi",
-        "--query-gpu=index,uuid,name,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    listed = nvidia_smi("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+    rows = [[part.strip() for part in line.split(",")] for line in (listed or "").splitlines()]
     rows = [row for row in rows if len(row) == 4 and row[3].replace(".", "").isdigit()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
