@@ -143,15 +143,19 @@ class Watcher:
         os.close(self.write)
 
     def _take_slot(self) -> None:
-        """The first line of the terminal that no cell of this user holds."""
+        """The first line of the terminal that no cell of this user holds.
+
+        The top one where that cannot be told: another's folder, or a disk that takes no file.
+        """
         folder = Path(tempfile.gettempdir()) / f"ballast-{os.getuid()}"
-        folder.mkdir(exist_ok=True)
-        for position in range(SLOTS):
-            slot = (folder / f"bar{position}").open("w")
-            try:
-                fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                slot.close()
-                continue
-            self.slot, self.position = slot, position
-            return
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            for position in range(SLOTS):
+                slot = (folder / f"bar{position}").open("w")
+                try:
+                    fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    slot.close()
+                    continue
+                self.slot, self.position = slot, position
+                return
