@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from ballast import supervise
+from ballast import footprint, orphans, progress, supervise
 from ballast.layout import Layout
 from ballast.supervise import End, finish_cell, run_limited
 
@@ -84,7 +85,7 @@ def test_a_child_over_its_memory_is_killed():
     end = run_limited(python(ALLOCATE + "time.sleep(60)"), seconds=60, memory_mb=200)
     assert end.kind == "oom"
     assert end.peak_mb > 200
-    assert end.reason == f"used {end.peak_mb:.0f} MiB, limit 200 MiB"
+    assert end.reason == f"used {end.peak_mb:.0f} MB, limit 200 MB"
 
 
 def test_the_memory_of_grandchildren_counts_and_they_are_killed_too(tmp_path):
@@ -103,6 +104,131 @@ def test_memory_within_the_limit_is_left_alone_and_measured():
     end = run_limited(python(ALLOCATE + "time.sleep(1)"), seconds=60, memory_mb=2000)
     assert end.kind is None
     assert 390 < end.peak_mb < 600
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A checkpoint of 900 MB."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file({f"w{i}": torch.ones(25_000_000) for i in range(9)}, path)
+    yield path
+    path.unlink()
+
+
+READ = """
+    import sys, time, torch
+    from safetensors import safe_open
+    with safe_open({path!r}, framework="pt") as stored:
+        kept = [stored.get_tensor(name){then} for name in stored.keys()]
+        assert sum(float(one.sum()) for one in kept) == 225_000_000
+        import psutil
+        assert psutil.Process().memory_info().rss > 900e6  # all of it is resident
+        time.sleep(2)
+"""
+
+
+def test_a_mapped_checkpoint_larger_than_the_limit_does_not_end_a_cell(weights):
+    end = run_limited(python(READ.format(path=str(weights), then="")), 100, memory_mb=800)
+    assert (end.code, end.kind) == (0, None)
+    assert end.peak_mb < 800
+
+
+def test_as_much_memory_of_its_own_does(weights):
+    end = run_limited(python(READ.format(path=str(weights), then=".clone()")), 100, memory_mb=800)
+    assert end.kind == "oom"
+    assert end.reason.endswith("MB, limit 800 MB")
+
+
+def test_shared_memory_is_a_cells_own():
+    code = """
+        import mmap, time
+        held = mmap.mmap(-1, 300_000_000)
+        held[::4096] = b"x" * len(held[::4096])
+        time.sleep(60)
+    """
+    assert run_limited(python(code), 60, memory_mb=200).kind == "oom"
+
+
+def test_memory_is_counted_in_the_unit_of_the_limits():
+    code = "import time; held = b'x' * 200_000_000; print(flush=True); time.sleep(60)"
+    with subprocess.Popen(python(code), stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert 200 < footprint.held_mb(child.pid) < 220
+        # A system that does not tell a process's own memory from its files.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(footprint, "COUNTED", re.compile(rb"^no such line (\d+)$"))
+            resident = psutil.Process(child.pid).memory_info().rss / 1e6
+            assert footprint.held_mb(child.pid) == pytest.approx(resident, rel=0.01)
+        child.kill()
+    with pytest.raises(psutil.NoSuchProcess):
+        footprint.held_mb(child.pid)
+
+
+def test_all_processes_of_the_machine_are_looked_through_only_now_and_then(monkeypatch):
+    looks = []
+
+    def look(mark: str) -> set[int]:
+        looks.append(mark)
+        return set()
+
+    monkeypatch.setattr(footprint, "marked", look)
+    monkeypatch.setattr(supervise, "POLL", 0.05)
+    run_limited(python("import time; time.sleep(1.5)"), seconds=60, memory_mb=1000)
+    assert len(looks) == 1
+    monkeypatch.setattr(orphans, "SCAN", 0.5)
+    run_limited(python("import time; time.sleep(1.8)"), seconds=60, memory_mb=1000)
+    assert 3 <= len(looks) <= 6
+
+
+def test_a_job_that_waits_looks_for_orphans_only_now_and_then(monkeypatch):
+    looks = []
+    monkeypatch.setattr(supervise, "kill_orphans", lambda: looks.append(time.monotonic()))
+    check = supervise.run_check()
+    for _ in range(20):
+        check()
+    assert len(looks) == 1
+    monkeypatch.setattr(orphans, "SCAN", 0.1)
+    time.sleep(0.15)
+    check()
+    assert len(looks) == 2
+
+
+def test_between_fork_and_exec_nothing_is_loaded_or_opened_as_text(monkeypatch):
+    """Another thread may hold a lock of the loader, which nobody would release in the child."""
+
+    def refuse(*_, **__):
+        os._exit(99)
+
+    tie = orphans.tied_to(os.getpid())
+    for owner, name in ((orphans.ctypes, "CDLL"), (Path, "write_text"), (Path, "open")):
+        monkeypatch.setattr(owner, name, refuse)
+    code = "print(open('/proc/self/oom_score_adj').read())"
+    child = subprocess.Popen(python(code), stdout=subprocess.PIPE, preexec_fn=tie)
+    assert int(child.communicate()[0]) == orphans.OOM_SCORE
+    assert child.returncode == 0
+
+
+@pytest.mark.parametrize("obstacle", ["file", "folders"])
+def test_where_no_line_of_the_terminal_can_be_taken_the_training_goes_on(
+    tmp_path, monkeypatch, obstacle
+):
+    """The folder in /tmp may be another user's, or on a full disk."""
+    folder = tmp_path / f"ballast-{os.getuid()}"
+    if obstacle == "file":
+        folder.write_text("not a folder")
+    else:
+        (folder / "bar0").mkdir(parents=True)
+    monkeypatch.setattr(progress.tempfile, "gettempdir", lambda: str(tmp_path))
+    watcher = progress.Watcher("cell")
+    watcher.shown = True
+    os.write(watcher.write, b"began\n1 10 2.5\n")
+    watcher.look()
+    assert watcher.began
+    assert (watcher.bar.n, watcher.position, watcher.slot) == (1, 0, None)
+    watcher.close()
 
 
 def test_a_child_killed_from_outside_says_by_what():

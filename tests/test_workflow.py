@@ -395,7 +395,7 @@ def test_failures_are_results_and_stop_nobody(home, failing):
         failures["wise_ft"]["reason"] == f"parent {parent} failed: {failures['raises']['reason']}"
     )
     assert failures["hangs"]["reason"] == "not finished after 1.5 minutes, the limit"
-    assert failures["grows"]["reason"].endswith("limit 1800 MiB")
+    assert failures["grows"]["reason"].endswith("limit 1800 MB")
     assert failures["killed"]["reason"].startswith("killed by SIGKILL at ")
     assert failures["exits"]["reason"] == "SystemExit: 0"
     assert failures["vanishes"]["reason"] == "the process ended with exit code 0 and no record"

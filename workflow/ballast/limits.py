@@ -2,8 +2,8 @@
 
 A limit is a guard, not a forecast: what nobody says is several times what the cell should take on a
 slow machine with examples as long as they may be, and never below what suits a small base.
-`minutes` is wall time, `memory_mb` resident memory of the process on its host, and `gpus` how many
-GPUs it gets.
+`minutes` is wall time, `memory_mb` what the process holds in its host's memory (`footprint`: MB of
+10^6 bytes, pages of files not counted), and `gpus` how many GPUs it gets.
 """
 
 from __future__ import annotations

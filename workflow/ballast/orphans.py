@@ -22,7 +22,12 @@ import psutil
 MARK = "BALLAST_SUPERVISOR"  # the mark of the supervisor, in every descendant
 RUN = "BALLAST_RUN"  # the mark of the Snakemake process, in its jobs
 POLL = 0.5  # seconds between looks at those above
+SCAN = 5.0  # seconds between looks at all processes of the machine
 OOM_SCORE = 500  # of -1000 to 1000: the kernel, out of memory, kills a cell before its supervisor
+OOM_FILE, OOM_TEXT = "/proc/self/oom_score_adj", str(OOM_SCORE).encode()
+PR_SET_PDEATHSIG, KILL = 1, int(signal.SIGKILL)
+# Found here, not by the child: dlopen between fork and exec may wait for a lock of another thread.
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def start_of(process: int) -> str:
@@ -58,6 +63,19 @@ def _namespace() -> str:
         return boot + Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
     except OSError:
         return "0"
+
+
+def seldom(work: Callable[[], object]) -> Callable[[], None]:
+    """A function that does the work when it is first called, then every SCAN seconds at most."""
+    last = -SCAN
+
+    def maybe() -> None:
+        nonlocal last
+        if time.monotonic() - last >= SCAN:
+            work()
+            last = time.monotonic()
+
+    return maybe
 
 
 def marked(own: str) -> set[int]:
@@ -178,13 +196,14 @@ def tied_to(parent: int) -> Callable[[], None]:
     """
 
     def tie() -> None:
-        if sys.platform != "linux":
+        if _PRCTL is None:
             return
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        _PRCTL(PR_SET_PDEATHSIG, KILL)
         if os.getppid() != parent:  # it died before the request
             os._exit(1)
         with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+            handle = os.open(OOM_FILE, os.O_WRONLY)
+            os.write(handle, OOM_TEXT)
+            os.close(handle)
 
     return tie

@@ -24,10 +24,11 @@ import psutil
 
 from ballast.devices import Lease, lease
 from ballast.errors import BallastError, DataError
+from ballast.footprint import Family
 from ballast.layout import Layout
 from ballast.limits import limits_at
 from ballast.locks import INHERITED, held
-from ballast.orphans import MARK, kill_marked, kill_orphans, mark, marked, run_lives, tied_to
+from ballast.orphans import MARK, kill_marked, kill_orphans, mark, run_lives, seldom, tied_to
 from ballast.outcome import (
     BROKEN,
     OUT_OF_MEMORY,
@@ -66,17 +67,6 @@ class Orphaned(BallastError):
     """The process that started the supervisor is gone."""
 
 
-def _resident_mb(process: psutil.Process) -> float:
-    """Resident memory of a process and its descendants, also those that left it, MiB."""
-    members = {process.pid, *(child.pid for child in process.children(recursive=True))}
-    members |= marked(mark())
-    total = 0
-    for member in members:
-        with contextlib.suppress(psutil.Error):
-            total += psutil.Process(member).memory_info().rss
-    return total / 2**20
-
-
 def run_limited(
     command: list[str],
     seconds: float,
@@ -88,9 +78,9 @@ def run_limited(
 ) -> End:
     """Run a command to its end or to a limit; its output goes to `output` (None: inherited).
 
-    seconds: wall time; memory_mb: resident memory of the child and its children, MiB; lock: file
-    descriptor by which the child holds its folder (`locks.held`) for as long as it lives; gpus:
-    those lent to the child (None: it sees what this process sees).
+    seconds: wall time; memory_mb: what the child and its children may hold (`footprint`); lock:
+    file descriptor by which the child holds its folder (`locks.held`) for as long as it lives;
+    gpus: those lent to the child (None: it sees what this process sees).
     Nothing that the child started is left. Raises Orphaned, with the child killed, if the process
     that started this one has died.
     """
@@ -111,7 +101,7 @@ def run_limited(
         | {MARK: mark()}
         | gpus.environment,
     )
-    watched = psutil.Process(child.pid)
+    family = Family(child.pid, mark())
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while True:
@@ -123,10 +113,9 @@ def run_limited(
             if watcher:
                 watcher.look()
             bounded()
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, _resident_mb(watched))
+            peak = max(peak, family.held_mb())
             if peak > memory_mb:
-                reason = f"used {peak:.0f} MiB, limit {memory_mb:.0f} MiB"
+                reason = f"used {peak:.0f} MB, limit {memory_mb:.0f} MB"
                 return End(_kill(child), "oom", reason, peak)
             if time.monotonic() - started > seconds:
                 reason = f"not finished after {seconds / 60:.3g} minutes, the limit"
@@ -146,7 +135,7 @@ def run_limited(
         return End(code, "oom", "an allocation failed: out of memory", peak, began)
     if code < 0:
         name = signal.Signals(-code).name
-        return End(code, "killed", f"killed by {name} at {peak:.0f} MiB", peak, began)
+        return End(code, "killed", f"killed by {name} at {peak:.0f} MB", peak, began)
     return End(code, None, "", peak, began, watcher.said if watcher else "")
 
 
@@ -208,10 +197,10 @@ def finish_cell(
 
 def run_check() -> Callable[[], None]:
     """What a job does while it waits: it ends leftovers of killed runs, and itself with its run."""
-    lives = run_lives()
+    lives, look = run_lives(), seldom(kill_orphans)
 
     def check() -> None:
-        kill_orphans()
+        look()
         if not lives():
             raise Orphaned("the run that started this cell has ended")
 

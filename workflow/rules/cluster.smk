@@ -7,7 +7,7 @@ from ballast.curves import points_of
 from ballast.limits import limits_at
 
 # Beyond the limits that the supervisor watches a submission holds two Snakemakes and the
-# supervisor (MiB), and starts them, and the interpreter, from a network file system (minutes).
+# supervisor (MB), and starts them, and the interpreter, from a network file system (minutes).
 OWN_MB, OWN_MINUTES = 1000, 3
 # A cell is small if its minutes are at most these: several of them share a submission.
 SMALL_MINUTES = 15
@@ -101,7 +101,7 @@ def base_limits_of(wildcards):
 
 
 def memory_to_ask(limits, attempt):
-    """MiB of a submission."""
+    """MB of a submission; SLURM takes them for MiB, which is a little more."""
     return math.ceil(limits_at(limits, attempt)[1]) + OWN_MB
 
 
