@@ -33,6 +33,7 @@ rule all:
 
 onstart:
     check_arrays()
+    drop_spares(Path(HOME))
     os.environ[RETRIES] = str(retries_here())
     print(opening())
 

@@ -79,6 +79,7 @@ def plan_of(records: list[dict[str, Any]]) -> pd.DataFrame:
     for item in records:
         identity = item["identity"]
         spec = item["method"] | {"suite": "tiny", "hyper": {}, "connector": "frozen"}
+        spec["parents"] = identity["parents"]
         spec |= {"learning_rate": 2e-4, "learning_rate_source": "tuned"}
         rows.append(
             {k: identity[k] for k in ("base", "target", "method", "variant", "rank", "seed")}

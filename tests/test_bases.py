@@ -62,6 +62,8 @@ class Hub(BaseHTTPRequestHandler):
         api, _, rest = path.strip("/").partition("api/models/")
         name = "/".join((rest or api).split("/")[:2])
         tail = (rest or api).split("/")[2:]
+        if name == "tiny/gated":
+            return self._answer(401, b"{}", {"X-Error-Code": "GatedRepo"})
         commits = self.repositories.get(name)
         if commits is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -223,8 +225,9 @@ def test_what_cannot_be_downloaded_names_the_way_out(hub, tmp_path):
         ({"hub": "tiny/llama", "revision": "v9"}, tmp_path / "b"),
         ({"hub": "not a name"}, tmp_path / "c"),
         ({"hub": "tiny/pickled"}, tmp_path / "d"),
+        ({"hub": "tiny/gated"}, tmp_path / "e"),
     ]
-    nobody, revision, name, pickled = in_a_child(endpoint, tmp_path, *jobs)
+    nobody, revision, name, pickled, gated = in_a_child(endpoint, tmp_path, *jobs)
     for message, repository in (
         (nobody, "tiny/nobody"),
         (revision, "tiny/llama"),
@@ -233,6 +236,8 @@ def test_what_cannot_be_downloaded_names_the_way_out(hub, tmp_path):
         assert message.startswith(f"{repository}: cannot be downloaded")
         assert "give the base a `path:` to a local transformers folder" in message
     assert "no .safetensors file" in pickled
+    assert gated.startswith("tiny/gated: cannot be downloaded: its owner asks for your consent")
+    assert "`hf auth login` or set HF_TOKEN" in gated
     assert not list(tmp_path.rglob(READY))
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from scipy import stats
 
-from ballast.cell import ADAPTER, run_cell
+from ballast.cell import run_cell
 from ballast.curves import (
     curve_cells,
     is_current,
@@ -33,7 +33,7 @@ from ballast.curves.trajectory import checkpoint_steps, run_trajectory
 from ballast.errors import BallastError, SuiteError
 from ballast.files import read_sealed, write_json, write_sealed
 from ballast.layout import Layout
-from ballast.outcome import RECORD, failed_record
+from ballast.outcome import ADAPTER, RECORD, failed_record
 from ballast.plan import make_plan
 from ballast.progress import Progress
 from ballast.rates import COLUMNS, EXTRA, TUNING, best_rates, read_rates, tuning_table

@@ -122,6 +122,8 @@ BAD = [
     ("suite", "../x", ["suite: '../x' does not match", "its folder under results/"]),
     ("suite", "..", ["suite: '..' does not match"]),
     ("suite", "a/b", ["suite: 'a/b' does not match"]),
+    ("suite", "shared", ["suite: 'shared' is a folder of Ballast's own"]),
+    ("suite", "slurm", ["suite: 'slurm' is a folder of Ballast's own"]),
     ("suite", "", ["suite: '' does not match"]),
     ("suite", 7, ["suite: 7 is not of type 'string'"]),
     ("methods.lora", {"variants": {"../x": {}}}, ["methods.lora.variants: '../x' does not match"]),

@@ -323,7 +323,7 @@ def test_the_supervisor_ends_when_the_snakemake_above_it_dies(family, tmp_path, 
 
 @pytest.fixture
 def cell(tmp_path):
-    """finish(end, attempt, retries) -> (exit code, limits given, what was logged)."""
+    """finish(end or ends, attempt, retries) -> (exit code, limits given, what was recorded)."""
     row = {
         "id": "cell",
         "spec": json.dumps({"suite": "s", "limits": {"minutes": 0.5, "memory_mb": 100, "gpus": 0}}),
@@ -332,12 +332,13 @@ def cell(tmp_path):
     plan = tmp_path / "plan.parquet"
     pd.DataFrame([row]).to_parquet(plan)
 
-    def finish(monkeypatch, end: End, attempt: int, retries: int):
+    def finish(monkeypatch, end: End | list[End], attempt: int, retries: int):
         given, written = {}, []
+        ends = end if isinstance(end, list) else [end]
 
         def run(command, seconds, memory_mb, *_):
             given.update(seconds=seconds, memory_mb=memory_mb)
-            return end
+            return ends.pop(0)
 
         monkeypatch.setattr(supervise, "run_limited", run)
         monkeypatch.setattr(supervise, "cell_folder", lambda *_: tmp_path)
@@ -350,6 +351,7 @@ def cell(tmp_path):
         log = io.StringIO()
         log.name = "cell.log"
         code = finish_cell(plan, "cell", Layout(tmp_path, tmp_path), attempt, retries, log)
+        assert not ends
         return code, given, written
 
     return finish
@@ -363,6 +365,26 @@ def test_a_limit_is_tried_again_and_recorded_when_retries_are_spent(cell, monkey
     code, given, written = cell(monkeypatch, end, 3, 2)
     assert (code, given) == (0, {"seconds": 120, "memory_mb": 400})
     assert written == [(kind, "why", 3)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_kill_from_outside_is_not_held_against_the_method_at_once(cell, monkeypatch, number):
+    """Where nothing else tries again; a second one is."""
+
+    def killed(times: int) -> list[End]:
+        return [End(-number, "killed", "why", 1.0)] * times
+
+    said = End(1, None, "", 1.0, True, "the disk is full")
+    assert cell(monkeypatch, [*killed(1), said], 1, 0)[::2] == (1, [])
+    assert cell(monkeypatch, killed(2), 1, 0)[::2] == (0, [("killed", "why", 2)])
+    # With retries left to Snakemake, it is not tried again here.
+    assert cell(monkeypatch, killed(1), 1, 2)[::2] == (1, [])
+    assert cell(monkeypatch, killed(1), 3, 2)[::2] == (0, [("killed", "why", 3)])
+
+
+def test_a_crash_is_held_against_the_method_at_once(cell, monkeypatch):
+    end = End(-signal.SIGSEGV, "killed", "why", 1.0)
+    assert cell(monkeypatch, [end], 1, 0)[::2] == (0, [("killed", "why", 1)])
 
 
 @pytest.mark.parametrize(("code", "said"), [(3, "bad data"), (1, "exit code 1")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -14,8 +15,12 @@ import time
 import pandas as pd
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ballast.files import write_sealed
 from ballast.records import validate_record
+from ballast.tensorfile import read_tensors, tensors_digest, write_tensors
 from checkout import SUITE, Checkout
 
 METHOD = '''"""A method of the tests: LoRA, and something that goes wrong."""
@@ -190,6 +195,14 @@ def test_a_second_run_says_that_nothing_is_to_be_done(home):
     assert home.times("run.json") == before
 
 
+def test_results_may_lie_on_another_disk(home, tmp_path_factory):
+    """All that follows works through the link."""
+    place = tmp_path_factory.mktemp("scratch") / "results"
+    shutil.move(home.root / "results", place)
+    (home.root / "results").symlink_to(place)
+    assert "Nothing to be done" in home.snakemake()
+
+
 def test_snakemakes_own_report_shows_tables_and_figures(home):
     home.snakemake("--report", "report.html")
     page = (home.root / "report.html").read_text()
@@ -253,6 +266,34 @@ def test_a_removed_record_is_made_again(home):
     assert again["scores"] == record["scores"]
     table = pd.read_parquet(home.root / "results/tiny/tables/cells.parquet")
     assert set(table["status"]) == {"ok"}
+
+
+def test_what_was_made_of_other_weights_of_its_parent_is_made_again(home):
+    """The same training on another machine rounds differently, under the same key."""
+    before = home.records()
+    cells = home.root / "results/tiny/cells"
+    parent, child = (cells / before[method]["id"] for method in ("full_st", "wise_ft"))
+    assert before["wise_ft"]["provenance"]["parents"] == {
+        parent.name: adapter_of(before["full_st"])
+    }
+    tensors, about = read_tensors(parent / "adapter.safetensors")
+    tensors = {name: 1.5 * value for name, value in tensors.items()}
+    about["digest"] = tensors_digest(tensors)
+    write_tensors(parent / "adapter.safetensors", tensors, about)
+    before["full_st"]["files"]["adapter.safetensors"] = about["digest"]
+    write_sealed(parent / "run.json", before["full_st"])
+    home.snakemake()
+    after = home.records()
+    assert after["wise_ft"]["provenance"]["parents"] == {parent.name: about["digest"]}
+    assert adapter_of(after["wise_ft"]) != adapter_of(before["wise_ft"])
+    base = load_file(home.root / "base/model.safetensors")
+    for name, value in read_tensors(child / "adapter.safetensors")[0].items():
+        half = (base[name.removeprefix("weight.")] + tensors[name]) / 2
+        torch.testing.assert_close(value, half, rtol=0, atol=1e-7)
+    (child / "run.json").unlink()
+    home.snakemake()
+    log = (home.root / f"results/tiny/logs/{child.name}.log").read_text()
+    assert "trained before; scoring only" in log
 
 
 def test_tables_made_again_have_the_same_bytes(home):
@@ -404,7 +445,7 @@ def test_failures_are_results_and_stop_nobody(home, failing):
     board = (home.root / "results/failing/tables/leaderboard.md").read_text()
     for method, failure in failures.items():
         validate_record(records[method])
-        assert method in board
+        assert records[method]["method"]["title"] in board
         assert failure["reason"][:25] in board
         assert failure["reason"][:25] in output
     assert "Nothing to be done" in home.snakemake("-n", "--configfile", failing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -21,11 +23,13 @@ from safetensors.torch import save_file
 from ballast import locks, orphans, supervise
 from ballast.cell import _out_of_memory
 from ballast.costs import since_start
+from ballast.damage import set_aside_damaged
 from ballast.dates import without_future
 from ballast.errors import DataError
-from ballast.files import remove_parts, replacing, write_text
+from ballast.files import remove_parts, replacing, write_sums, write_text
 from ballast.layout import Layout
 from ballast.locks import held
+from ballast.plan import COLUMNS
 from ballast.progress import Watcher
 from ballast.supervise import End, finish_cell, run_limited
 
@@ -277,6 +281,53 @@ def test_what_a_killed_writer_left_is_removed_and_what_is_in_use_stays(tmp_path)
     assert not list(tmp_path.rglob("*.part*"))
 
 
+def test_what_a_killed_writer_left_is_removed_over_nfs_too(tmp_path, monkeypatch):
+    """There an exclusive lock needs a file that is open for writing (flock(2))."""
+    flock = fcntl.flock
+
+    def nfs(file, how):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if how & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    (tmp_path / ".a.txt.stale.part.new").mkdir()
+    (tmp_path / ".a.txt.stale.part").write_text("")
+    write_text(tmp_path / "a.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_files_are_as_open_to_others_as_the_user_wants(tmp_path, umask, mode):
+    """A group that shares a folder can go on with what another of it has made."""
+    before = os.umask(umask)
+    try:
+        with held(tmp_path, "cell"):
+            write_text(tmp_path / "text", "text")
+            with replacing(tmp_path / "tensors") as temporary:
+                save_file({"a": torch.ones(3)}, temporary)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys((".lock", "text", "tensors"), mode)
+
+
+def test_tables_that_are_being_written_are_not_taken_for_damaged_ones(tmp_path):
+    layout, plan = Layout(tmp_path, tmp_path), pd.DataFrame(columns=[*COLUMNS])
+    (tmp_path / "s/tables").mkdir(parents=True)
+    table = tmp_path / "s/tables/a.md"
+    table.write_text("old")
+    write_sums(tmp_path / "s", [table], "tables/.checksums.json")
+    table.write_text("new")
+    with held(tmp_path / "s", "tables", name=".tables.lock"):
+        assert set_aside_damaged(plan, plan, layout, "s") == []
+    assert table.read_text() == "new"
+    [line] = set_aside_damaged(plan, plan, layout, "s")
+    assert "a.md" in line
+    assert not table.exists()
+
+
 def test_seconds_since_the_start_do_not_follow_the_clock(monkeypatch):
     before = since_start()
     assert 0 < before < time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -294,6 +345,7 @@ def test_dates_in_the_future_become_the_present_in_their_order(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (later + number, later + number))
+    (tmp_path / "tables/gone.md").symlink_to("removed by another process")
     past = tmp_path / "tables/old.md"
     past.touch()
     os.utime(past, (1, 1))

@@ -26,10 +26,12 @@ from ballast.files import remove_parts, set_aside, sha256_file, write_text
 from ballast.layout import Layout
 from ballast.locks import held, inherited
 from ballast.outcome import (
+    ADAPTER,
     BROKEN,
     OUT_OF_MEMORY,
     RECORD,
     RECORDED,
+    adapters_of,
     blank_record,
     cell_folder,
     failed_record,
@@ -40,11 +42,7 @@ from ballast.outcome import (
 from ballast.plan import row_of
 from ballast.records import not_finite, read_path
 
-ADAPTER, CHECKPOINT, CURVE = (
-    "adapter.safetensors",
-    "checkpoint.{key}.safetensors",
-    "curve.csv",
-)
+CHECKPOINT, CURVE = "checkpoint.{key}.safetensors", "curve.csv"
 PHASES = ("start", "load", "attach", "train", "merge", "evaluate", "drift")
 
 
@@ -106,6 +104,10 @@ class Work:
             set_aside(path)
             return None
         if about["train_key"] != self.row["train_key"]:
+            return None
+        # An earlier version wrote none; its parents are taken to be the same.
+        if about.get("parents", self._parents()) != self._parents():
+            self.report.note("made of other weights of its parents; made again")
             return None
         self.report.note("trained before; scoring only")
         with self.phases.phase("load"):
@@ -209,6 +211,7 @@ class Work:
         tensors = {WEIGHT + name: value for name, value in weights.items()}
         about = {
             "train_key": self.row["train_key"],
+            "parents": self._parents(),
             "seconds": dict(self.phases.seconds),
             "memory_mb": dict(self.phases.memory_mb),
             "trainable_parameters": None,
@@ -249,6 +252,8 @@ class Work:
                 write_items(scores, path)
                 bad = not_finite(scores.summary, "")
                 if bad:
+                    # A retry trains again: to score it once more would say the same.
+                    (self.folder / ADAPTER).unlink(missing_ok=True)
                     raise Diverged(
                         f"{bad} of the tuned model on {name} is no finite number: its outputs "
                         "overflow"
@@ -302,6 +307,7 @@ class Work:
         }
         record["provenance"] |= provenance(self.layout.root, str(self.base.model.device))
         record["provenance"]["resumed_from"] = stored.get("resumed_from")
+        record["provenance"]["parents"] = self._parents()
         return record
 
     def _look_at_base(self) -> None:
@@ -436,6 +442,10 @@ class Work:
         state = self.base.model.state_dict()
         for name, value in tensors.items():
             state[name.removeprefix(WEIGHT)].copy_(value)
+
+    def _parents(self) -> dict[str, str | None]:
+        """Digests of the adapters of the parents as their records have them, None if one failed."""
+        return adapters_of(self.spec, self.layout)
 
     def _parent(self, name: str) -> tuple[dict[str, Any], str]:
         """Merged weights of a finished parent that differ from the base's, and its target."""
@@ -604,9 +614,11 @@ def _recorded(row: dict[str, Any], layout: Layout, progress: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What a method raised and, as notes say, at which of its moments."""
+    """What was raised and, as notes say, at which of a method's moments."""
     moments = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
-    return f"{moments}{type(error).__name__}: {error}"
+    # Ballast's own messages say what they are about.
+    kind = "" if isinstance(error, BallastError) else f"{type(error).__name__}: "
+    return f"{moments}{kind}{error}"
 
 
 def _out_of_memory(error: BaseException) -> bool:

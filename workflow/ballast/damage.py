@@ -16,14 +16,17 @@ import pandas as pd
 from ballast.errors import Damaged, DataError
 from ballast.files import SUMS, read_seal, read_sealed, set_aside, sha256_small, wrong_files
 from ballast.layout import Layout
+from ballast.locks import held_if_free
 from ballast.outcome import COMPLETE, MADE_OF_RECORDS, all_tasks
 from ballast.records import NAME, one_line, status_of
 
 # Files of a cell that tables and pages are made from, and that scoring the cell again makes anew.
 READ = ("items.parquet", "changes.json")
 BASE, MANIFEST = "base.json", "manifest.json"
-# Of made files, which one Snakemake has to miss so that all of them are made again.
+# Of made files, which one Snakemake has to miss so that all of them are made again, and who holds
+# the lock of that name is making them.
 MADE = {f"{folder}/{SUMS}": f"{folder}/{COMPLETE}" for folder in MADE_OF_RECORDS}
+MAKERS = {f"{folder}/{SUMS}": lock for folder, lock in MADE_OF_RECORDS.items()}
 
 
 def set_aside_damaged(
@@ -47,7 +50,9 @@ def set_aside_damaged(
     for path in sorted((home / "curves").glob("*.json")):
         _sealed(path, "its target makes it again", lines)
     for sums, needed in MADE.items():
-        _made(home, sums, needed, lines)
+        with held_if_free(home, MAKERS[sums]) as free:
+            if free:
+                _made(home, sums, needed, lines)
     return [one_line(line) for line in lines]
 
 

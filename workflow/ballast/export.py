@@ -23,6 +23,7 @@ from ballast.adapters import Adapter, LoraForm
 from ballast.errors import BallastError
 from ballast.files import read_json, replacing, write_json
 from ballast.layout import Layout
+from ballast.outcome import ADAPTER
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,7 +54,7 @@ def export_cell(cell: Path, folder: Path, layout: Layout, merged: bool = False) 
 
     Raises BallastError where the cell's method is not of that kind, before anything is written.
     """
-    from ballast.cell import ADAPTER, load_for, make_tuner
+    from ballast.cell import load_for, make_tuner
     from ballast.tensorfile import read_tensors
     from ballast.tuner import WEIGHT
 

@@ -42,10 +42,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         temporary.touch()
+        mode = temporary.stat().st_mode  # as this process's umask has it; libraries know better
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +77,8 @@ def _locked_guard(path: Path) -> tuple[int, Path]:
 def remove_parts(folder: Path, pattern: str = f"**/.*{PART}") -> None:
     """Remove temporary files that killed processes left in `folder`; those in use stay."""
     for guard in folder.glob(pattern):
-        with contextlib.suppress(OSError), guard.open("rb") as stream:
+        # Over NFS only a file that is open for writing can be locked.
+        with contextlib.suppress(OSError), guard.open("r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(_guarded(guard), ignore_errors=True)
             guard.unlink()

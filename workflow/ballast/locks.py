@@ -51,6 +51,29 @@ def held(
         os.close(handle)
 
 
+@contextmanager
+def held_if_free(folder: Path, name: str = NAME) -> Iterator[bool]:
+    """Hold `folder` while the block runs, unless another process does; yields whether none does.
+
+    Where nothing can be locked (no such folder, no permission, no locks), none does.
+    """
+    try:
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        yield True
+        return
+    try:
+        free = True
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        yield free
+    finally:
+        os.close(handle)
+
+
 def inherited() -> bool:
     """Whether the process that started this one holds the folder for it.
 
@@ -70,7 +93,7 @@ def _taken(
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise DataError(f"{folder}: cannot be written to: {error.strerror}") from None
         try:

@@ -13,12 +13,14 @@ from ballast import versions
 from ballast.errors import DataError
 from ballast.files import read_sealed, write_sealed
 from ballast.layout import Layout
-from ballast.records import validate_record
+from ballast.records import read_path, validate_record
 from ballast.tasks import Task, read_tasks
 
-RECORD = "run.json"
+RECORD, ADAPTER = "run.json", "adapter.safetensors"
 # Stands in the folders that are made from a suite's records while they show every record.
-COMPLETE, MADE_OF_RECORDS = ".complete", ("tables", "leaderboard")
+COMPLETE = ".complete"
+# Folders that are made of records, and the lock that their maker holds in the suite's folder.
+MADE_OF_RECORDS = {"tables": ".tables.lock", "leaderboard": ".site.lock"}
 # Of a ready base: its tasks by precision, for cells in lower ones than fp32.
 LOWER = "lower_precisions"
 # Exit codes by which a cell's process tells its supervisor what happened. BROKEN: data or a base is
@@ -103,6 +105,16 @@ def _base_score(spec: dict[str, Any], ready: dict[str, Any], task: str) -> dict[
     if found is None:
         raise DataError(f"base {ready['base']}: no {key} of {task}; remove its file, run again")
     return found
+
+
+def adapters_of(spec: dict[str, Any], layout: Layout) -> dict[str, str | None]:
+    """Digest of the adapter of each of a cell's parents, by the parent's id; None if it failed.
+
+    Raises DataError for a parent's record that is missing or damaged.
+    """
+    folders = {name: layout.cell(spec["suite"], name) for name in spec["parents"]}
+    records = {name: read_path(folder / RECORD) for name, folder in folders.items()}
+    return {name: record["files"].get(ADAPTER) for name, record in records.items()}
 
 
 def failed_record(

@@ -8,14 +8,17 @@ Only what ended well has one: a failure is tried again.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ballast.errors import DataError
 from ballast.files import replacing, sha256_file
 from ballast.layout import Layout
-from ballast.outcome import RECORD, cell_folder
+from ballast.outcome import RECORD, adapters_of, cell_folder
 from ballast.records import read_path, status_of
+
+SPARE = ".spare"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -24,7 +27,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _spare(path: Path) -> Path:
-    return path.with_name(f".{path.name}.spare")
+    return path.with_name(f".{path.name}{SPARE}")
 
 
 def keep(path: Path) -> None:
@@ -56,7 +59,22 @@ def restore_record(row: dict[str, Any], layout: Layout) -> bool:
         return False
     if status_of(row, record) != "ok" or not _complete(record, folder):
         return False
+    # One that an earlier version wrote does not say which weights of its parents it was made of.
+    parents = adapters_of(json.loads(row["spec"]), layout)
+    if record["provenance"].get("parents", {}) != parents:
+        return False
     return restore(folder / RECORD)
+
+
+def drop_spares(home: Path) -> None:
+    """Remove the copies of what is there: a run that makes it again has a reason.
+
+    home: the suite's folder. Called when a run starts; what its groups lose is kept from then on.
+    """
+    for folder in ("cells/*", "tune/cells/*", "curves"):
+        for spare in home.glob(f"{folder}/.*{SPARE}"):
+            if spare.with_name(spare.name.removeprefix(".").removesuffix(SPARE)).exists():
+                spare.unlink(missing_ok=True)
 
 
 def _complete(record: dict[str, Any], folder: Path) -> bool:

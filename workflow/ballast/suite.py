@@ -38,6 +38,8 @@ TRAINING = {
     "device": "auto",
     "threads": 1,
 }
+# Folders under results/ that belong to no suite.
+RESERVED = ("kept", "published", "shared", "slurm")
 EVALUATION = {
     "upstream": 300,
     "downstream": 500,
@@ -178,6 +180,9 @@ def check_schema(config: Any, layout: Layout) -> None:
     worst = jsonschema.exceptions.best_match(errors)
     if worst is not None:
         raise SuiteError(_explain(worst))
+    if config["suite"] in RESERVED:
+        folders = ", ".join(RESERVED)
+        raise SuiteError(f"suite: {config['suite']!r} is a folder of Ballast's own; not {folders}")
 
 
 def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = None) -> Suite:

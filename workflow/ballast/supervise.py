@@ -42,6 +42,9 @@ from ballast.progress import PIPE, Watcher
 from ballast.records import read_path, status_of
 
 POLL = 0.5  # seconds between looks at the child
+# By these signals others end a cell: a person, the kernel out of memory for someone else's sake.
+# Where nothing is tried again it goes on once, so that not the first is held against the method.
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP}
 UNFLUSHED = 120  # Python's exit code where its last lines could not be written
 # A log that grows beyond the first is cut to the second, both in bytes, and goes on.
 LOG_MOST, LOG_KEPT = 64 << 20, 1 << 20
@@ -232,6 +235,12 @@ def _finish(
     # Its time begins when its GPUs are free.
     with lease(limits["gpus"], cell, check) as gpus:
         end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell), lock, gpus)
+        if retries == 0 and end.kind == "killed" and -end.code in FROM_OUTSIDE:
+            attempt += 1
+            line = f"{cell}: {end.reason}; goes on from its last checkpoint, attempt {attempt}"
+            print(line, file=log)
+            print(line, file=sys.stderr)
+            end = run_limited(command, 60 * minutes, memory_mb, log, Watcher(cell), lock, gpus)
     kind, reason = end.kind, end.reason
     if kind is None:
         record = _current(row, path)

@@ -15,6 +15,7 @@ from ballast.faults import check_writable, fault_of
 from ballast.layout import Layout
 from ballast.orphans import announce_run
 from ballast.plan import read_plan
+from ballast.spares import drop_spares
 from ballast.status import closing_text, make_plan_file, opening_text
 
 if not config:

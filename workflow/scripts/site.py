@@ -6,6 +6,7 @@ from ballast.faults import told_in_one_line
 from ballast.layout import Layout
 from ballast.locks import held
 from ballast.orphans import end_with_run
+from ballast.outcome import MADE_OF_RECORDS
 from ballast.plan import read_plan
 from ballast.report import write_pages
 from ballast.results import read_results
@@ -16,7 +17,7 @@ end_with_run()
 suite = snakemake.config["suite"]
 layout = Layout.here()
 home = layout.suite(suite)
-with told_in_one_line("pages"), held(home, "site", name=".site.lock"):
+with told_in_one_line("pages"), held(home, "site", name=MADE_OF_RECORDS["leaderboard"]):
     plan, rates = read_plan(Path(snakemake.resources.plan)), snakemake.params.rates
     results = read_results(layout, suite, plan, rates and Path(rates))
     places = places_of(results)

@@ -190,6 +190,13 @@ def _fetch(source: dict[str, Any], name: str) -> Path:
 
 
 def _unreachable(what: str, error: Exception) -> DataError:
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return DataError(
+            f"{what}: cannot be downloaded: its owner asks for your consent; give it on the "
+            "model's page of the hub, then log in with `hf auth login` or set HF_TOKEN"
+        )
     return DataError(
         f"{what}: cannot be downloaded ({type(error).__name__}: {error}); without the hub, give "
         "the base a `path:` to a local transformers folder"

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ballast.cell import ADAPTER, make_tuner
+from ballast.cell import make_tuner
 from ballast.curves import Curve, finished_record, new_curve, point
 from ballast.curves.points import Scorer, work_on
 from ballast.encoders import HEAD
 from ballast.layout import Layout
+from ballast.outcome import ADAPTER
 from ballast.progress import Progress
 from ballast.tensorfile import read_tensors
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ballast.cell import ADAPTER, make_tuner
+from ballast.cell import make_tuner
 from ballast.curves import Curve, finished_record, new_curve, point
 from ballast.curves.points import Scorer, work_on
 from ballast.layout import Layout
+from ballast.outcome import ADAPTER
 from ballast.progress import Progress
 from ballast.tensorfile import tensors_digest
 
