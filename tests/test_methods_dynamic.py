@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ballast.anatomy import Anatomy
+from ballast.chunks import GPU_CHUNK, fit_chunks
 from ballast.context import Context
 from ballast.declare import read_method
 from ballast.decompositions import Decompositions
@@ -692,6 +693,29 @@ def test_sculpt_conflict_holds_a_chunk_and_no_matrix(monkeypatch):
         tuner.penalty().backward()
     assert layer.A.grad.any()
     assert 512 <= noted.entries <= 1024 < weight.numel()
+
+
+def test_chunks_are_larger_on_a_gpu_alone_also_those_of_imported_methods(monkeypatch):
+    modules = {
+        name: load_method(METHODS / f"{name}.py") for name in ("dvora", "dora", "lorasculpt")
+    }
+    for name, size in (("dora", 2**20), ("lorasculpt", 2**18)):
+        monkeypatch.setattr(modules[name], "CHUNK", size)
+    fit_chunks(modules["lorasculpt"], torch.device("cpu"))
+    assert modules["lorasculpt"].CHUNK == 2**18
+    fit_chunks(modules["dvora"], torch.device("cuda"))
+    assert modules["dora"].CHUNK == modules["lorasculpt"].CHUNK == GPU_CHUNK
+    monkeypatch.setattr(modules["dora"], "CHUNK", 2 * GPU_CHUNK)
+    fit_chunks(modules["dora"], torch.device("cuda"))
+    assert modules["dora"].CHUNK == 2 * GPU_CHUNK
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is needed")
+def test_a_method_on_a_gpu_has_large_chunks(make_model, monkeypatch):
+    tuner = tuner_of("dora", make_model("llama").cuda(), [])
+    monkeypatch.setattr(tuner.method, "CHUNK", 2**20)
+    tuner.start()
+    assert tuner.method.CHUNK == GPU_CHUNK
 
 
 def test_sculpt_mask_alone_conflict_alone_and_connector_alone(make_model, make_batches):

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ballast.chunks import fit_chunks
 from ballast.context import Context
 from ballast.errors import MethodError, SuiteError
 from ballast.files import key_of
@@ -181,6 +182,7 @@ class Tuner:
         return self._run("report") or {}
 
     def _attach(self) -> None:
+        fit_chunks(self.method, next(self.ctx.model.parameters()).device)
         self.ctx.model.requires_grad_(False)
         self._run("attach")
         if self.ctx.connector == "tuned":
