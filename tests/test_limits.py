@@ -53,7 +53,7 @@ def limits(of: dict, base: BaseSize, own: dict | None = None) -> dict:
 
 def ready(own: dict) -> dict:
     """Limits of making a small base ready."""
-    return base_limits({"path": "x"}, spec()["tasks"], [TRAINING], 128, size(), TASKS, [], own)
+    return base_limits({"path": "x"}, spec()["tasks"], [TRAINING], 128, size(), TASKS, own)
 
 
 def plan(**changes):

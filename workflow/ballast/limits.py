@@ -9,7 +9,7 @@ slow machine with examples as long as they may be, and never below what suits a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ballast.forecast.bases import BaseSize
@@ -54,27 +54,17 @@ def base_limits(
     batch_size: int,
     size: BaseSize,
     tasks: Mapping[str, Task],
-    methods: Iterable[str],
     own: dict[str, Any],
 ) -> dict[str, Any]:
     """Limits of making a base ready: pretraining or downloading, its data, its untouched scores.
 
-    entries: its tasks; trainings: its targets' settings; batch_size: of evaluation; methods: of its
-    cells. What `own` says of its cells is the least that it gets.
+    entries: its tasks; trainings: its targets' settings; batch_size: of evaluation. What `own` says
+    of its cells is the least that it gets.
     """
     gpus = max(_own_gpus(own, size, training["device"]) for training in trainings)
     precisions = sorted({training["precision"] for training in trainings})
     needed = preparation(
-        source,
-        size.shape,
-        entries,
-        tasks,
-        batch_size,
-        gpus,
-        SLOW,
-        methods,
-        longest=True,
-        precisions=precisions,
+        source, size.shape, entries, tasks, batch_size, gpus, SLOW, precisions, longest=True
     )
     least = {key: max(LEAST_BASE[key], own.get(key, 0)) for key in LEAST_BASE}
     return _guard(least, needed.seconds, needed.host_mb) | {"gpus": gpus}

@@ -185,7 +185,6 @@ def _base(suite: Suite, name: str, spec: dict[str, Any], layout: Layout | None) 
         suite.config["evaluation"]["batch_size"],
         size,
         suite.tasks,
-        suite.chosen(),
         suite.limits(name),
     )
     return _Base(name, spec, key, tasks, size, limits)

@@ -91,8 +91,7 @@ def _show(
     problems: list[str],
 ) -> None:
     from ballast.commands.screen import Screen
-    from ballast.forecast.fits import advice_text
-    from ballast.forecast.words import cells, counts_text, memory, warnings_of
+    from ballast.forecast.words import counts_text, warnings_of
 
     screen = Screen()
     screen.line(counts_text(name, forecast.cells["status"]), style="bold")
@@ -118,13 +117,23 @@ def _show(
     for note in notes:
         screen.line(f"- {note}")
     for item in large:
-        where = "a GPU" if item.kind == "GPU" else "this machine's memory"
-        parts = ", ".join(f"{key} {memory(mb)}" for key, mb in _largest(item.parts))
-        screen.line(
-            f"- {item.method} on {item.base}, {item.target} ({cells(item.cells)}): needs "
-            f"{memory(item.needed_mb)} ({parts}), {where} has {memory(item.there_mb)}; "
-            f"{advice_text(item.advice)}"
-        )
+        screen.line(f"- {_large_text(item)}")
+
+
+def _large_text(item: TooLarge) -> str:
+    """What does not fit, by how much, and what would make it fit."""
+    from ballast.forecast.fits import advice_text
+    from ballast.forecast.words import cells, memory
+
+    where = "a GPU" if item.kind == "GPU" else "this machine's memory"
+    parts = ", ".join(f"{key} {memory(mb)}" for key, mb in _largest(item.parts))
+    who = f"{item.method} on {item.base}, {item.target} ({cells(item.cells)})"
+    if not item.method:
+        who = f"base {item.base}, to be scored before its cells"
+    return (
+        f"{who}: needs {memory(item.needed_mb)} ({parts}), {where} has {memory(item.there_mb)}; "
+        f"{advice_text(item.advice)}"
+    )
 
 
 def _base_row(base: Any) -> list[str]:

@@ -3,7 +3,7 @@
 Each phase has a factor of its own. It is the median of finished cells that are most alike: of the
 same base, target, method and rank; else of the same base and method, of the method, of the base and
 its family, of the base, of any. Memory has an offset instead, and of the disk the adapter alone has
-a factor.
+a factor, where its size is a guess.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Calibration:
         return replace(
             need,
             seconds=seconds,
-            adapter=need.adapter * (self.factor("adapter", spec) or 1.0),
+            adapter=need.adapter * (1.0 if need.measured else self.factor("adapter", spec) or 1.0),
             **{changed: max(before / 2, before + offset)},
         )
 
@@ -97,7 +97,7 @@ def compared(need: Need, record: Mapping[str, Any]) -> dict[str, float]:
         for phase, seconds in measured.items()
         if seconds > 0 and need.seconds[phase] > 0
     }
-    if costs.get("adapter_bytes") and need.adapter:
+    if costs.get("adapter_bytes") and need.adapter and not need.measured:
         found["adapter"] = costs["adapter_bytes"] / need.adapter
     peaks = [value for value in costs["memory_mb"].values() if value]
     if peaks:

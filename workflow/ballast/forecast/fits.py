@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
+from ballast.forecast.holding import Footprint, footprint_guess
 from ballast.forecast.need import Need, cell_need
-from ballast.forecast.suite import Forecast
+from ballast.forecast.prepare import Preparation
+from ballast.forecast.suite import BaseForecast, Forecast, prepared
 from ballast.tasks import Task
 
 Settings = dict[str, Any]
@@ -17,7 +19,11 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class TooLarge:
-    """Cells of one method on one base and target that need more than there is (MB)."""
+    """Cells of one method on one base and target that need more than there is (MB).
+
+    With examples as long as the settings allow. target and method are empty where it is the base
+    itself that cannot be scored before its cells.
+    """
 
     base: str
     target: str
@@ -33,18 +39,58 @@ class TooLarge:
 def too_large(
     forecast: Forecast, tasks: dict[str, Task], device_mb: float | None, host_mb: float
 ) -> list[TooLarge]:
-    """Cells that are due and do not fit; device_mb None: no GPU is known, none is checked."""
+    """What is due and does not fit, bases first; device_mb None: no GPU is known, none is checked.
+
+    Host memory is checked for every cell, also for one on a GPU.
+    """
     due = forecast.due
-    checks = [("host", due[~due["gpu"].astype(bool)], "memory_mb", host_mb)]
+    checks = [("host", due, "most_memory_mb", host_mb)]
     if device_mb is not None:
-        checks.append(("GPU", due[due["gpu"].astype(bool)], "device_mb", device_mb))
+        checks.append(("GPU", due[due["gpu"].astype(bool)], "most_device_mb", device_mb))
     found = []
     for kind, table, column, there in checks:
+        bases = [forecast.bases[name] for name in dict.fromkeys(due["base"])]
+        found += [
+            _base_explained(forecast, tasks, base, kind, there)
+            for base in bases
+            if not base.ready and _prepared_mb(base.preparation, kind) > there
+        ]
         large = table[table[column] > there]
         for _, rows in large.groupby(["base", "target", "method"], sort=False):
             worst = rows.loc[rows[column].idxmax()]
             found.append(_explained(forecast, tasks, worst, len(rows), kind, column, there))
-    return found
+    return sorted(found, key=lambda item: bool(item.method))
+
+
+def _base_explained(
+    forecast: Forecast, tasks: dict[str, Task], base: BaseForecast, kind: str, there: float
+) -> TooLarge:
+    own = [spec for spec in forecast.specs.values() if spec["base"] == base.name]
+    spec, needed = own[0], _prepared_mb(base.preparation, kind)
+    batch = spec["evaluation"]["batch_size"]
+    whole = any(spec["training"]["precision"] == "fp32" for spec in own)
+    halves: list[Settings] = [{}, {"precisions": ["bf16"]}] if whole else [{}]
+    changes = [
+        half | ({"batch_size": size} if size < batch else {})
+        for half in halves
+        for size in (batch, 16, 4, 1)
+        if size <= batch
+    ]
+    fitting = (
+        change
+        for change in changes
+        if _prepared_mb(prepared(forecast, base, tasks, change), kind) <= there
+    )
+    advice = next(fitting, None)
+    if advice:
+        named = {"precisions": "precision", "batch_size": "evaluation.batch_size"}
+        advice = {named[key]: "bf16" if key == "precisions" else v for key, v in advice.items()}
+    parts = base.preparation.parts
+    return TooLarge(base.name, "", "", 0, kind, needed, there, parts, advice)
+
+
+def _prepared_mb(taken: Preparation, kind: str) -> float:
+    return taken.device_mb if kind == "GPU" else taken.host_mb
 
 
 def _explained(
@@ -76,7 +122,25 @@ def _need(
     forecast: Forecast, tasks: dict[str, Task], spec: dict[str, Any], worst: pd.Series
 ) -> Need:
     network = forecast.bases[spec["base"]].network
-    return cell_need(spec, network, tasks, forecast.machine, trainable=worst["trainable"])
+    return cell_need(
+        spec,
+        network,
+        tasks,
+        forecast.machine,
+        trainable=worst["trainable"],
+        longest=True,
+        footprint=_footprint_in(forecast, spec, worst),
+    )
+
+
+def _footprint_in(forecast: Forecast, spec: Settings, worst: pd.Series) -> Footprint | None:
+    """The footprint of a cell, in a changed precision too: then only autocast's copies are new."""
+    found = forecast.footprints.get(worst["group"])
+    before = forecast.specs[worst["group"]]["training"]["precision"]
+    if found is None or before == spec["training"]["precision"]:
+        return found
+    guess = footprint_guess(spec, forecast.bases[spec["base"]].network, worst["trainable"])
+    return replace(found, activations=guess.activations, copies=guess.copies)
 
 
 def _peak(need: Need, kind: str) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ballast.forecast import disk, memory
 from ballast.forecast.architecture import Network
 from ballast.forecast.flops import forward_flops, training_flops
+from ballast.forecast.holding import Footprint, footprint_guess
 from ballast.forecast.lengths import example_tokens, generated_tokens, passes
 from ballast.forecast.machine import Machine
 from ballast.forecast.trainable import trainable_guess
 from ballast.tasks import Task
 
+# Phases that finished cells set right; writing adapters and checkpoints is in no record.
 PHASES = ("fixed", "train", "evaluate")
 # Seconds of a small cell on one core: Python's imports and the base's loading, an optimiser step
 # without its operations, a scored sequence, a generated token of a batch, a task.
@@ -23,6 +25,8 @@ GPU_START, GPU_STEP = 15.0, 0.06  # CUDA's own start; launching a large model's 
 READING = 4e8
 # The longest of a batch over the usual example.
 PADDED = 1.3
+# Images of a split whose size the suite does not say.
+IMAGES = 2000
 # The part of scoring that the comparison with the untouched base adds.
 DRIFT = 1.08
 
@@ -41,6 +45,7 @@ class Need:
     others: float
     checkpoint: float
     parts: dict[str, float]
+    measured: bool = False  # whether the adapter's size is by a footprint, and no guess
 
     @property
     def disk(self) -> float:
@@ -61,57 +66,95 @@ def cell_need(
     trainable: float | None = None,
     rescore: bool = False,
     longest: bool = False,
+    footprint: Footprint | None = None,
 ) -> Need:
     """Needs of a cell of a plan.
 
-    tokens: measured tokens of a training example by target; trainable: as counted; both are
-    estimated where they are missing. rescore: nothing is trained, a stored adapter is scored.
-    longest: for examples as long as they may be.
+    tokens: measured tokens of a training example by target; trainable: as counted; footprint: as
+    measured; all are estimated where they are missing. rescore: nothing is trained, a stored
+    adapter is scored. longest: for examples as long as they may be.
     """
     training, entries = spec["training"], spec["tasks"]
     gpu = spec["limits"]["gpus"] > 0
     rate = machine.rate(gpu, training["precision"], training["threads"])
     if trainable is None:
         trainable = trainable_guess(spec, network)
-    trains = spec["family"] != "post-hoc"
-    lengths = {
+    measured = footprint is not None or spec["family"] == "post-hoc"
+    if footprint is None:
+        footprint = footprint_guess(spec, network, trainable)
+    trains = spec["family"] != "post-hoc" and not rescore
+    shown = {name: network.image_tokens if tasks[name].image else 0 for name in entries}
+    texts = {
         name: example_tokens(tasks[name], entry["max_length"], network.positions, longest)
-        + (network.image_tokens if tasks[name].image else 0)
         for name, entry in entries.items()
     }
+    lengths = {name: texts[name] + shown[name] for name in entries}
     members = [name for name, entry in entries.items() if entry["role"] == "target"]
     members = members or list(entries)
     length = sum(lengths[name] for name in members) / len(members)
     length = (tokens or {}).get(spec["target"], length)
-    train_flops = train_seconds = 0.0
-    if trains and not rescore:
+    train_flops = train_seconds = written = 0.0
+    checkpoint = disk.checkpoint_bytes(spec, footprint) if trains else 0.0
+    adapter = disk.adapter_bytes(spec, network, footprint)
+    if trains:
+        written = (training["steps"] - 1) // training["checkpoint_every"] * checkpoint
         steps = training["steps"] * training["accumulation"]
         seen = steps * training["batch_size"] * length
         selective = spec["family"] == "selective"
+        # Of a mask's weights, too, gradients are computed that it then drops.
+        moved = footprint.held if selective else trainable
         train_flops = training_flops(
-            network, seen, length, trainable, selective, training["gradient_checkpointing"]
+            network, seen, length, moved, selective, training["gradient_checkpointing"]
         )
         train_seconds = train_flops / rate + steps * (GPU_STEP if gpu else STEP)
     eval_flops, eval_seconds = _scoring(spec, network, tasks, lengths, rate, machine, gpu)
-    each = 4 if training["precision"] == "fp32" else 2
+    each = disk.each_of(spec)
     weights = each * network.parameters
     fixed = START + (GPU_START if gpu else 0.0) + 2 * weights / READING
-    padded = {name: min(PADDED * tokens, network.positions) for name, tokens in lengths.items()}
+    padded = {
+        name: _padded(text, entries[name]["max_length"], network) + shown[name]
+        for name, text in texts.items()
+    }
     held = memory.peak(
-        spec, network, trainable, max(padded[n] for n in members), gpu, max(padded.values())
+        spec,
+        network,
+        footprint,
+        max(padded[name] for name in members),
+        gpu,
+        [memory.Scored(padded[name], generated_tokens(tasks[name])) for name in entries],
+        disk.feature_bytes(network, _images(tasks, members, entries), each),
     )
     return Need(
         gpu=gpu,
         flops=train_flops + eval_flops,
         trainable=trainable,
-        seconds={"fixed": fixed, "train": train_seconds, "evaluate": eval_seconds},
+        seconds={
+            "fixed": fixed,
+            "train": train_seconds,
+            "evaluate": eval_seconds,
+            "write": (written + (0.0 if rescore else adapter)) / READING,
+        },
         host_mb=held.host_mb,
         device_mb=held.device_mb,
-        adapter=disk.adapter_bytes(spec, network, trainable),
+        adapter=adapter,
         others=disk.other_bytes(spec),
-        checkpoint=0.0 if rescore else disk.checkpoint_bytes(spec, trainable),
+        checkpoint=checkpoint,
         parts=held.parts,
+        measured=measured,
     )
+
+
+def _padded(text: float, max_length: int | None, network: Network) -> float:
+    """Tokens of the longest text of a batch, where one has so many."""
+    return max(text, min(PADDED * text, max_length or network.positions, network.positions))
+
+
+def _images(
+    tasks: Mapping[str, Task], members: Sequence[str], entries: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """Images of the training examples."""
+    shown = [entries[name]["sizes"] for name in members if tasks[name].image]
+    return sum(sizes.get("train") or IMAGES for sizes in shown)
 
 
 def _scoring(
@@ -125,7 +168,7 @@ def _scoring(
 ) -> tuple[float, float]:
     """Operations and seconds of scoring a cell on all its tasks."""
     batch = spec["evaluation"]["batch_size"]
-    each = 4 if spec["training"]["precision"] == "fp32" else 2
+    each = disk.each_of(spec)
     reading = each * network.parameters / machine.gpu_bytes
     flops = seconds = 0.0
     for name, entry in spec["tasks"].items():

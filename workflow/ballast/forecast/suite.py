@@ -16,10 +16,11 @@ from ballast.errors import DataError
 from ballast.files import key_of, read_json, write_json
 from ballast.forecast.architecture import Network
 from ballast.forecast.bases import BaseSize, base_folder, base_size
-from ballast.forecast.calibrate import Calibration, calibrated, usable
+from ballast.forecast.calibrate import Calibration, Key, calibrated, likeness, usable
+from ballast.forecast.holding import Footprint, footprint_guess
 from ballast.forecast.machine import Machine
-from ballast.forecast.need import Need, cell_need
-from ballast.forecast.prepare import preparation
+from ballast.forecast.need import READING, Need, cell_need
+from ballast.forecast.prepare import Preparation, preparation
 from ballast.layout import Layout
 from ballast.outcome import RECORD
 from ballast.records import read_path
@@ -27,18 +28,23 @@ from ballast.suite import EVALUATION, TRAINING
 from ballast.tasks import Task, read_tasks
 
 Record = Mapping[str, Any]
+Settings = Mapping[str, Any]
 Finished = tuple[dict[str, Any], Need, Record]
 # What a job costs beside its cell's own process: Snakemake's script and the supervisor (seconds).
 JOB_SECONDS = 4.0
 DUE = ("missing", "stale", "rescore")
 # Finished cells of other suites that are looked at where this one has none.
 ELSEWHERE = 200
+TRAINED = ("missing", "stale")
 ALIKE = ["base", "target", "method", "variant", "rank"]
 
 
 @dataclass
 class BaseForecast:
-    """What making a base ready takes; zeros where it is."""
+    """What making a base ready takes; zeros where it is.
+
+    disk and decompositions: bytes still to be written. preparation: also of a base that is ready.
+    """
 
     name: str
     size: BaseSize
@@ -48,6 +54,8 @@ class BaseForecast:
     ready: bool
     seconds: float = 0.0
     disk: float = 0.0
+    decompositions: float = 0.0
+    preparation: Preparation | None = None
 
 
 @dataclass
@@ -55,8 +63,9 @@ class Forecast:
     """Of a suite on a machine.
 
     cells: a row per cell of the plan; status, gpu, seconds (of a cell that is due, its job's own
-    part included), flops, memory_mb, device_mb, disk_mb, checkpoint_mb, trainable, minutes and
-    limit_mb (its limits). bases: by name. spread: the factor that nine of ten finished cells lie
+    part included), flops, memory_mb, device_mb (of usual examples; with `most_` before, of the
+    longest that its settings allow), disk_mb, checkpoint_mb, trainable, minutes and limit_mb (its
+    limits). bases: by name. spread: the factor that nine of ten finished cells lie
     within when they are forecast from the other half; finished: how many they are; elsewhere:
     whether they are of other suites.
     """
@@ -69,6 +78,7 @@ class Forecast:
     spread: float | None = None
     shared_mb: float = 0.0
     specs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    footprints: dict[int, Footprint] = field(default_factory=dict)
 
     @property
     def due(self) -> pd.DataFrame:
@@ -106,7 +116,7 @@ class Forecast:
         due = self.due
         slots = max(1, self.machine.gpus if due["gpu"].any() else self.machine.cores)
         running = due["checkpoint_mb"].nlargest(slots).sum()
-        bases = sum(base.disk for base in self.bases.values()) / 1e6
+        bases = sum(base.disk + base.decompositions for base in self.bases.values()) / 1e6
         missing = due[due["status"] == "missing"]
         return float(missing["disk_mb"].sum() + running) + bases
 
@@ -121,9 +131,9 @@ def forecast_suite(
 ) -> Forecast:
     """Forecast a plan's cells; `found` their status by id, `records` those of the suite.
 
-    thorough: whether the hub is asked for bases that are not here, and trainable parameters that
-    nobody has counted yet are counted by the methods' own formulas, in a process of its own that
-    takes some seconds; else both are estimated.
+    thorough: whether the hub is asked for bases that are not here, and methods that nobody has
+    looked at yet are tried on the base in miniature, in a process of its own that takes a second or
+    so for each; else both are estimated.
     """
     tasks = read_tasks(layout.tasks)
     alike = [plan[key].astype(object) for key in ALIKE]
@@ -132,32 +142,40 @@ def forecast_suite(
     specs = {group: json.loads(texts[place]) for place, group in _firsts(number)}
     bases = _bases(specs, layout, thorough)
     known = dict(zip(plan["id"], number, strict=True))
-    counts = _measured_counts(records, known)
-    if thorough:
-        unknown = {group: spec for group, spec in specs.items() if group not in counts}
-        counts = _counted(unknown, bases, layout) | counts
-    else:
-        counts = _kept_counts(specs, bases, layout) | counts
+    counted = _counted(specs, bases, layout) if thorough else _kept_counts(specs, bases, layout)
+    footprints = {
+        group: Footprint(**own["footprint"]) for group, own in counted.items() if own["footprint"]
+    }
+    # PEFT's methods have no formula; what trains of theirs is all that is held.
+    trained = {group: found.held for group, found in footprints.items()}
+    trained |= {group: own["trained"] for group, own in counted.items() if own["trained"]}
+    counts = trained | _measured_counts(records, known)
     tokens = _tokens(records)
 
-    def need(group: int, rescore: bool = False) -> Need:
+    def need(group: int, rescore: bool = False, longest: bool = False) -> Need:
         spec = specs[group]
+        seen = None if longest else tokens.get(spec["base"])
         return cell_need(
-            spec, bases[spec["base"]].network, tasks, machine, tokens.get(spec["base"]),
-            counts.get(group), rescore,
+            spec, bases[spec["base"]].network, tasks, machine, seen, counts.get(group), rescore,
+            longest, footprints.get(group),
         )  # fmt: skip
 
     needs = {group: need(group) for group in specs}
-    finished = _finished(records, bases, tasks, machine, tokens)
+    same = {likeness(specs[group])[0]: found for group, found in footprints.items()}
+    finished = _finished(records, bases, tasks, machine, tokens, same)
     elsewhere = not finished
     if elsewhere:
         others = _elsewhere(layout, specs[0]["suite"], bases)
-        finished = _finished(others, bases, tasks, machine, _tokens(others))
+        finished = _finished(others, bases, tasks, machine, _tokens(others), same)
     calibration = calibrated(finished)
     cells = _table(plan, found, number, specs, needs, need, calibration)
-    made = Forecast(cells, bases, machine, calibration.cells, elsewhere, specs=specs)
+    made = Forecast(
+        cells, bases, machine, calibration.cells, elsewhere, specs=specs, footprints=footprints
+    )
     made.spread = _spread(finished)
-    _share(made, specs, tasks)
+    _share(made, tasks)
+    for base in bases.values():
+        _decompose(made, base, layout)
     return made
 
 
@@ -174,6 +192,7 @@ def _table(
     for group, spec in specs.items():
         right = calibration.apply(spec, needs[group])
         again = calibration.apply(spec, need(group, rescore=True)).total
+        most = calibration.apply(spec, need(group, longest=True))
         limits = spec["limits"]
         rows.append(
             {
@@ -186,6 +205,8 @@ def _table(
                 "flops": right.flops,
                 "memory_mb": right.host_mb,
                 "device_mb": right.device_mb,
+                "most_memory_mb": max(right.host_mb, most.host_mb),
+                "most_device_mb": max(right.device_mb, most.device_mb),
                 "disk_mb": right.disk / 1e6,
                 "checkpoint_mb": right.checkpoint / 1e6,
                 "trainable": right.trainable,
@@ -222,27 +243,66 @@ def _bases(specs: dict[int, dict[str, Any]], layout: Layout, ask: bool) -> dict[
     return made
 
 
-def _share(made: Forecast, specs: dict[int, dict[str, Any]], tasks: dict[str, Task]) -> None:
-    """Add what cells share: bases, features, decompositions, and the time to make them."""
+def _share(made: Forecast, tasks: dict[str, Task]) -> None:
+    """Add what cells share of what makes a base ready, and the time to make it."""
     for base in made.bases.values():
-        own = [spec for spec in specs.values() if spec["base"] == base.name]
-        entries: dict[str, Any] = {}
-        for spec in own:
-            entries |= spec["tasks"]
-        taken = preparation(
-            base.source,
-            base.network,
-            entries,
-            tasks,
-            own[0]["evaluation"]["batch_size"],
-            own[0]["limits"]["gpus"],
-            made.machine,
-            {spec["method"] for spec in own},
-            precisions=sorted({spec["training"]["precision"] for spec in own}),
-        )
-        made.shared_mb += taken.disk / 1e6
+        base.preparation = prepared(made, base, tasks)
+        made.shared_mb += base.preparation.disk / 1e6
         if not base.ready:
-            base.seconds, base.disk = JOB_SECONDS + taken.seconds, taken.disk
+            base.seconds = JOB_SECONDS + base.preparation.seconds
+            base.disk = base.preparation.disk
+
+
+def prepared(
+    made: Forecast, base: BaseForecast, tasks: dict[str, Task], change: Settings | None = None
+) -> Preparation:
+    """What making a base ready takes; change: of the precisions, or evaluation's `batch_size`."""
+    change = change or {}
+    own = [spec for spec in made.specs.values() if spec["base"] == base.name]
+    entries: dict[str, Any] = {}
+    for spec in own:
+        entries |= spec["tasks"]
+    return preparation(
+        base.source,
+        base.network,
+        entries,
+        tasks,
+        change.get("batch_size", own[0]["evaluation"]["batch_size"]),
+        own[0]["base_limits"]["gpus"],
+        made.machine,
+        change.get("precisions", sorted({spec["training"]["precision"] for spec in own})),
+        longest=True,
+    )
+
+
+def _decompose(made: Forecast, base: BaseForecast, layout: Layout) -> None:
+    """Add singular value decompositions of a base's weights to the first cell that needs them."""
+    wanted = {
+        group: found
+        for group, spec in made.specs.items()
+        if spec["base"] == base.name
+        and (found := _footprint(made, group, base.network)).decomposing
+    }
+    if not wanted:
+        return
+    size = max(found.decomposed for found in wanted.values())
+    made.shared_mb += size / 1e6
+    there = layout.decompositions(base.name, base.key)
+    if there.is_dir() and any(there.iterdir()):
+        return
+    cells = made.cells
+    rows = cells.index[cells["group"].isin(list(wanted)) & (cells["status"].isin(TRAINED))]
+    if len(rows):
+        found = wanted[cells.loc[rows[0], "group"]]
+        threads = made.specs[cells.loc[rows[0], "group"]]["training"]["threads"]
+        rate = made.machine.rate(False, "fp32", threads)
+        cells.loc[rows[0], "seconds"] += found.decomposing / rate + size / READING
+        base.decompositions = size
+
+
+def _footprint(made: Forecast, group: int, network: Network) -> Footprint:
+    spec = made.specs[group]
+    return made.footprints.get(group) or footprint_guess(spec, network, 0.0)
 
 
 def packed(seconds: Sequence[float], slots: int) -> float:
@@ -277,9 +337,11 @@ def _measured_counts(records: Sequence[Record], known: Mapping[str, int]) -> dic
 
 
 def _count_key(spec: Mapping[str, Any], config: Any) -> str:
-    """Key of all that a cell's trainable count depends on."""
-    parts = ("method_digest", "hyper", "rank", "connector", "modules", "budget", "mixture")
-    return key_of(config, [spec.get(part) for part in parts], spec["training"]["steps"])
+    """Key of all that a cell's count and footprint depend on."""
+    parts = ("method_digest", "hyper", "rank", "connector", "modules", "budget", "mixture",
+             "classes")  # fmt: skip
+    training = [spec["training"][part] for part in ("steps", "precision")]
+    return key_of(config, [spec.get(part) for part in parts], training)
 
 
 def _asked(
@@ -293,26 +355,26 @@ def _asked(
     }
 
 
-def _kept(layout: Layout) -> tuple[Path, dict[str, int | None]]:
-    path = layout.shared / "counts.json"
+def _kept(layout: Layout) -> tuple[Path, dict[str, dict[str, Any]]]:
+    path = layout.shared / "footprints.json"
     return path, read_json(path) if path.exists() else {}
 
 
 def _kept_counts(
     specs: dict[int, dict[str, Any]], bases: dict[str, BaseForecast], layout: Layout
-) -> dict[int, float]:
+) -> dict[int, dict[str, Any]]:
     """Counts that an earlier forecast has kept."""
     _, kept = _kept(layout)
     if not kept:
         return {}
     asked = _asked(specs, bases)
-    return {group: kept[key] for group, (key, _) in asked.items() if kept.get(key)}
+    return {group: kept[key] for group, (key, _) in asked.items() if key in kept}
 
 
 def _counted(
     specs: dict[int, dict[str, Any]], bases: dict[str, BaseForecast], layout: Layout
-) -> dict[int, float]:
-    """Counts by the methods' own formulas, kept for the next time."""
+) -> dict[int, dict[str, Any]]:
+    """Counts and footprints by the methods themselves, kept for the next time."""
     from ballast.forecast.counting import count_in_child
 
     asked = _asked(specs, bases)
@@ -322,7 +384,7 @@ def _counted(
         counts = count_in_child(list(new.values()), layout.methods)
         kept |= dict(zip(new, counts, strict=True))
         write_json(path, kept)
-    return {group: kept[key] for group, (key, _) in asked.items() if kept.get(key)}
+    return {group: kept[key] for group, (key, _) in asked.items()}
 
 
 def _finished(
@@ -331,6 +393,7 @@ def _finished(
     tasks: Mapping[str, Task],
     machine: Machine,
     tokens: Mapping[str, Mapping[str, float]],
+    footprints: Mapping[Key, Footprint],
 ) -> list[Finished]:
     """Finished cells of these bases, with what shapes alone say of them."""
     found = []
@@ -341,7 +404,10 @@ def _finished(
         if set(record["tasks"]) <= set(tasks):
             spec = spec_of_record(record)
             counted = record["costs"]["trainable_parameters"]
-            need = cell_need(spec, base.network, tasks, machine, tokens.get(base.name), counted)
+            need = cell_need(
+                spec, base.network, tasks, machine, tokens.get(base.name), counted,
+                footprint=footprints.get(likeness(spec)[0]),
+            )  # fmt: skip
             found.append((spec, need, record))
     return found
 

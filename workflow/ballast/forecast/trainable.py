@@ -50,3 +50,13 @@ def low_rank_sides(network: Network, modules: str | list[str]) -> int:
         if modules == "all" or name in modules or not name.endswith("_proj")
     ]
     return stack.layers * sum(m + n for m, n in chosen)
+
+
+def held_guess(spec: dict[str, Any], network: Network, trained: float) -> float:
+    """Numbers in the parameters that train, those that a mask holds still included, roughly."""
+    if spec["method"] in ("fish", "gradient_mask"):
+        return network.stack.parameters
+    if spec["method"] == "magnitude_mask":
+        freeze = (spec.get("hyper") or {}).get("freeze", 0.5)
+        return trained / (1 - freeze)
+    return trained
