@@ -168,6 +168,20 @@ def test_what_changes_nothing_has_learned_and_forgotten_exactly_nothing(ran, tar
     assert trained["scores"] != trained["base_scores"]
 
 
+@pytest.mark.parametrize("target", ["tiny_learn", "tiny_other"])
+def test_on_the_way_back_what_changed_nothing_is_the_base_at_every_point(both, ran, target):
+    from ballast.curves.rewind import run_rewind
+
+    row = both.row(target, "lora")
+    spec = json.loads(row["spec"])
+    spec["curves"]["alphas"] = [0.3, 0.7]
+    points = run_rewind(row | {"spec": json.dumps(spec)}, both.layout, Quiet())["points"]
+    assert len(points) == 4
+    for name, score in ran[target, "lora"][0]["base_scores"].items():
+        for point in points:
+            assert point["scores"][name]["loss"] == score["loss"]
+
+
 def test_keys_and_files_of_fp32_know_nothing_of_other_precisions(home, both):
     """What a finished suite in fp32 has stays as it is when another precision comes."""
     targets = {"tiny_learn": {}, "tiny_other": {}}

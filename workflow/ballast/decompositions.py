@@ -99,8 +99,13 @@ def _alone(path: Path) -> Iterator[None]:
             label = f"decompositions of {path.parent.name}"
             stack.enter_context(held(path.parent, label, _once(path.parent), check, lock.name))
             # While it is held: whoever waits for it finds that it is gone, and takes a new one.
-            stack.callback(lock.unlink, missing_ok=True)
+            stack.callback(_removed, lock)
         yield
+
+
+def _removed(lock: Path) -> None:
+    with suppress(OSError):  # another user's, in a folder that several share
+        lock.unlink()
 
 
 _told: set[Path] = set()
