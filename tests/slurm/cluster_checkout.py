@@ -69,8 +69,8 @@ BODIES = {
     "dies": "once('died') and os.kill(os.getpid(), 9)",
     # As long as the file is there.
     "waits": "while Path('wait').exists() and ctx.step >= 3: time.sleep(0.2)",
-    # Always: it needs 1 GB more than LoRA, long enough for the supervisor to see it.
-    "grows": "ctx.step == 3 and (HELD.append(torch.ones(250_000_000)) or time.sleep(3))",
+    # Always: it needs 1.5 GB more than LoRA, long enough for the supervisor to see it.
+    "grows": "ctx.step == 3 and (HELD.append(torch.ones(375_000_000)) or time.sleep(3))",
     "notes": "note_device()",
     "plain": "pass",
 }

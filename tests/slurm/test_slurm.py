@@ -109,9 +109,23 @@ def test_what_the_supervisor_ends_is_tried_again_with_more_and_goes_on(home, pla
         assert (minutes(first), minutes(last)) == (3 + 3, 5 + 3)
         assert (megabytes(first), megabytes(last)) == (1300 + 1000, 2600 + 1000)
         assert_same(records[method], plain)
-    logs = {p: p.read_text() for p in home.root.glob("results/slurm/rule_cell/*/*.log")}
+    logs = {p: p.read_text() for p in home.root.glob("results/slurm/*cell*/**/*.log")}
     for why in ("time: not finished after 2.5 minutes", "oom: used"):
         assert any(why in text for text in logs.values()), why
+
+
+def test_a_cell_that_never_fits_its_memory_is_a_record_in_the_end(home):
+    """SLURM calls the last job OUT_OF_MEMORY, though its supervisor wrote the record and ended well."""
+    option = home.suite("never", ["grows", "plain"])
+    since = home.last_job()
+    output = home.slurm(
+        option, *ALONE, "--retries", "1", "--set-resources", "cell:mem_mb=1500", code=None
+    )
+    records = home.records("never")
+    print(output, home.jobs(since))
+    assert records["grows"]["failure"]["kind"] in ("killed", "oom")
+    assert records["plain"]["status"] == "ok"
+    assert "1 done, 1 failed" in output
 
 
 def test_when_retries_are_spent_the_failure_is_a_record(home):
