@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ballast.bases.build import READY, make_base
@@ -26,6 +27,7 @@ from ballast.bases.llama2c import convert
 from ballast.errors import DataError
 from ballast.files import read_sealed, sha256_file
 from ballast.models import load_base, pick_device
+from checkout import Checkout
 from tiny_models import BUILDERS
 
 REVISIONS = {"v1": "1" * 40, "main": "2" * 40}
@@ -236,9 +238,33 @@ def test_what_cannot_be_downloaded_names_the_way_out(hub, tmp_path):
         assert message.startswith(f"{repository}: cannot be downloaded")
         assert "give the base a `path:` to a local transformers folder" in message
     assert "no .safetensors file" in pickled
-    assert gated.startswith("tiny/gated: cannot be downloaded: its owner asks for your consent")
+    assert gated.startswith("tiny/gated: cannot be downloaded (GatedRepoError: ")
+    assert "its owner asks for your consent" in gated
     assert "`hf auth login` or set HF_TOKEN" in gated
     assert not list(tmp_path.rglob(READY))
+
+
+def test_a_plan_asks_the_hub_for_the_size_alone(hub, saved, tmp_path):
+    """The configuration is fetched, no weights; what cannot be had is named with what to do."""
+    endpoint, asked = hub
+    home = Checkout(tmp_path / "home")
+    tasks = {"upstream": ["tiny_keep"], "targets": ["tiny_learn"]}
+    names = {"known": "tiny/llama", "gated": "tiny/gated", "nobody": "tiny/nobody-7b"}
+    bases = {base: {"source": {"hub": name}} | tasks for base, name in names.items()}
+    home.write_suite(bases=bases, tuning=None)
+    before = len(asked)
+    environment = {k: v for k, v in home.environment.items() if not k.lower().endswith("_proxy")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = ["ballast", "plan", "--json"]
+    done = subprocess.run(command, cwd=home.root, env=environment, capture_output=True, check=True)
+    found = json.loads(done.stdout)
+    weights = load_file(saved / "model.safetensors")
+    assert found["bases"]["known"]["parameters"] == sum(v.numel() for v in weights.values())
+    assert found["bases"]["nobody"]["parameters"] == 7e9
+    notes = "\n".join(found["warnings"])
+    assert "tiny/gated: its size is not known (GatedRepoError); its owner asks" in notes
+    assert "tiny/nobody-7b: its size is not known (RepositoryNotFoundError); without" in notes
+    assert not [line for line in asked[before:] if "safetensors" in line]
 
 
 def test_a_hub_that_is_not_there_names_the_way_out(tmp_path):

@@ -159,6 +159,6 @@ def test_a_base_that_cannot_be_reached_is_guessed_by_its_name(monkeypatch):
         found = base_size({"hub": name})
         assert found.network is None
         assert found.parameters == parameters, name
-        assert f"{name}: cannot be reached" in found.problem
+        assert f"{name}: its size is not known" in found.problem
         assert "`path:`" in found.problem
     assert math.isfinite(limits(spec(), base_size({"hub": "me/gpt2"}))["minutes"])

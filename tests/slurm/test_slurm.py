@@ -115,7 +115,7 @@ def test_what_the_supervisor_ends_is_tried_again_with_more_and_goes_on(home, pla
 
 
 def test_a_cell_that_never_fits_its_memory_is_a_record_in_the_end(home):
-    """SLURM calls the last job OUT_OF_MEMORY, though its supervisor wrote the record and ended well."""
+    """SLURM may call the last job OUT_OF_MEMORY, though its supervisor wrote the record."""
     option = home.suite("never", ["grows", "plain"])
     since = home.last_job()
     output = home.slurm(

@@ -12,6 +12,7 @@ from typing import Any
 from ballast.errors import Damaged, DataError
 from ballast.faults import fault_of
 from ballast.files import read_sealed, set_aside, sha256_file, write_sealed, wrong_files
+from ballast.hub import way_out
 from ballast.layout import real_data
 
 READY = "base.json"
@@ -190,16 +191,8 @@ def _fetch(source: dict[str, Any], name: str) -> Path:
 
 
 def _unreachable(what: str, error: Exception) -> DataError:
-    from huggingface_hub.errors import GatedRepoError
-
-    if isinstance(error, GatedRepoError):
-        return DataError(
-            f"{what}: cannot be downloaded: its owner asks for your consent; give it on the "
-            "model's page of the hub, then log in with `hf auth login` or set HF_TOKEN"
-        )
     return DataError(
-        f"{what}: cannot be downloaded ({type(error).__name__}: {error}); without the hub, give "
-        "the base a `path:` to a local transformers folder"
+        f"{what}: cannot be downloaded ({type(error).__name__}: {error}); {way_out(error)}"
     )
 
 

@@ -12,6 +12,7 @@ from ballast.errors import DataError
 from ballast.files import read_json
 from ballast.forecast.architecture import WORLDS, Network, network
 from ballast.forecast.stand_in import stand_in
+from ballast.hub import way_out
 from ballast.layout import Layout, real_data
 
 CONFIG = "config.json"
@@ -100,8 +101,8 @@ def _fetched(source: dict[str, Any], ask: bool) -> dict[str, Any]:
             path = hub.hf_hub_download(**where, etag_timeout=HUB_SECONDS)
     except Exception as error:  # the hub's own errors, its HTTP client's, and the system's
         raise DataError(
-            f"{source['hub']}: cannot be reached ({type(error).__name__}); give the base a `path:` "
-            "to a local transformers folder, or `limits:` of its own"
+            f"{source['hub']}: its size is not known ({type(error).__name__}); {way_out(error)}, "
+            "or `limits:` of its own"
         ) from None
     return _parsed(Path(path))
 
