@@ -22,7 +22,9 @@ from ballast.forecast.fits import too_large
 from ballast.forecast.holding import Footprint, footprint_guess
 from ballast.forecast.machine import Machine, parse_memory
 from ballast.forecast.need import cell_need
+from ballast.forecast.stand_in import stand_in
 from ballast.forecast.suite import forecast_suite, packed, spec_of_record
+from ballast.forecast.words import warnings_of
 from ballast.layout import Layout
 from ballast.limits import MARGIN_MEMORY, MARGIN_TIME
 from ballast.plan import make_plan
@@ -480,6 +482,89 @@ def test_a_base_that_cannot_be_reached_is_named_with_a_way_out(offline):
     assert base_size({"hub": "me/llama-7b"}).problem.startswith(
         "me/llama-7b: its size is not known"
     )
+
+
+def test_a_base_of_images_that_cannot_be_reached_is_taken_for_a_llava(offline):
+    """LLaVA-1.5-7B: Vicuna-7B, CLIP-L/14-336 with 303.5 M parameters, two linears of 4096."""
+    size = base_size({"hub": "me/llava-7b"}, images=True)
+    assert size.network is None
+    assert size.shape.parameters == pytest.approx(7.063e9, rel=0.001)  # of its safetensors' index
+    assert size.shape.tower_parameters == pytest.approx(303.5e6, rel=0.001)
+    assert size.shape.image_tokens == 576
+    assert disk.feature_bytes(size.shape, 1, 2) == 576 * 1024 * 2  # 1.18 MB
+    assert base_size({"hub": "me/llava-7b"}).shape.tower is None
+
+
+def test_the_note_says_what_a_base_of_images_is_taken_for(offline):
+    config = read_config(REPOSITORY / "config/config.yaml")
+    vlm = config["bases"]["micro-vlm"]
+    config["bases"] = {"llava": vlm | {"source": {"hub": "me/llava-13b"}}}
+    del config["bases"]["llava"]["gate"], config["limits"], config["learning_rates"]
+    config["methods"] = ["lora"]
+    (note, *_) = warnings_of(forecast(make_plan(load_suite(config, LAYOUT))))
+    assert "taken for a Llama of 13 B parameters by its name" in note
+    assert note.endswith("shown images through CLIP-L/14-336 (576 tokens each)")
+
+
+def llava_need(images: int, precision: str = "bf16"):
+    """Need of a LoRA cell on LLaVA-1.5-7B whose target has so many training images, on a GPU."""
+    from test_limits import spec
+
+    cell = spec(precision=precision) | {"target": "vlm_icons", "limits": {"gpus": 1}}
+    sizes = {"test": 100, "train": images}
+    cell["tasks"] = {"vlm_icons": {"role": "target", "sizes": sizes, "max_length": 512}}
+    return cell_need(cell, stand_in(7e9, images=True), TASKS, MACHINE)
+
+
+def test_stored_features_of_the_training_images_are_held_twice_on_the_host():
+    for precision, each in (("bf16", 2), ("fp32", 4)):
+        more = llava_need(3000, precision).host_mb - llava_need(1000, precision).host_mb
+        assert more == pytest.approx(2 * 2000 * 576 * 1024 * each / 1e6)
+
+
+def test_padding_is_of_texts_alone_not_of_images():
+    """An image has 576 tokens in every example: 13 tokens of text are padded, to 17."""
+    need = llava_need(10)
+    whole = footprint_guess(
+        {"method": "lora", "training": {"precision": "bf16"}}, stand_in(7e9, images=True), 2e7
+    )
+    tokens = 32 * (576 + 1.3 * 13)
+    assert need.parts["activations"] == pytest.approx(tokens * whole.activations / 1e6, rel=0.01)
+
+
+def test_checkpoints_of_a_large_cell_take_their_time():
+    """Full training of LLaMA-7B's layers: weights and two moments in fp32, nine times."""
+    spec = json.loads(large_suite()[0].query("method == 'full_st'")["spec"].iloc[0])
+    spec["training"] |= {"steps": 1000, "checkpoint_every": 100}
+    need = cell_need(spec, network({"model_type": "llama"}), TASKS, MACHINE)
+    assert need.checkpoint == pytest.approx(12 * 6_476_267_520, rel=1e-3)
+    assert need.seconds["write"] > 9 * 77.7e9 / 4e8
+
+
+def test_the_first_cell_that_needs_them_decomposes_the_weights(offline):
+    _, config = large_suite()
+    config["methods"] = {"lora": {}, "pissa": {}, "milora": {}}
+    made = forecast(make_plan(load_suite(config, LAYOUT)))
+    spent = made.cells.groupby("method")["seconds"].agg(["min", "max", "size"])
+    work = 32 * 14 * (4 * 4096**3 + 3 * 4096**2 * 11008)
+    assert spent.loc["pissa", "max"] - spent.loc["pissa", "min"] == pytest.approx(
+        work / 2.5e10 + made.bases["llama"].decompositions / 4e8, rel=0.01
+    )
+    assert spent.loc["milora", "max"] < work / 2.5e10
+    # Not with the base, but any of the cells may have to: all have the time.
+    assert made.bases["llama"].seconds < work / 2.5e10
+    minutes = made.cells.groupby("method")["minutes"].min()
+    assert minutes["milora"] - minutes["lora"] > work / 2.5e10 / 60
+
+
+def test_keys_and_values_of_scored_sequences_are_held():
+    """LLaMA-7B in bf16: 2 x 32 layers x 4096 x 2 bytes for each of a batch's tokens."""
+    made = network({"model_type": "llama"})
+    spec = json.loads(large_suite(precision="bf16")[0]["spec"].iloc[0])
+    spec |= {"family": "post-hoc", "evaluation": {"batch_size": 16}}
+    whole = footprint_guess(spec, made, 0.0)
+    held = memory.peak(spec, made, whole, 1, True, [memory.Scored(300, 100)])
+    assert held.parts["keys and values"] == pytest.approx(16 * 400 * 2 * 32 * 4096 * 2 / 1e6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 from ballast.errors import SuiteError
 from ballast.forecast.architecture import network
 from ballast.forecast.bases import BaseSize, base_size
+from ballast.forecast.machine import Machine
+from ballast.forecast.need import cell_need
 from ballast.layout import Layout
 from ballast.limits import KEYS, LEAST, LEAST_BASE, base_limits, cell_limits, gpus_of, limits_at
 from ballast.plan import make_plan
@@ -103,6 +105,24 @@ def test_a_large_base_has_room_for_its_weights(family):
     weights = 6_738_415_616 * 4 / 1e6
     assert found["memory_mb"] > 1.4 * weights
     assert limits(spec(family, precision="bf16"), size(SEVEN))["memory_mb"] > 0.7 * weights
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("length", [64, 256])
+def test_a_large_cell_is_given_several_times_what_it_takes(precision, length):
+    """Not more than ten times the forecast of an A100; enough for a V100 with longest examples."""
+    large = spec(precision=precision, steps=2000, max_length=length) | {"limits": {"gpus": 1}}
+    large["target"] = "scan"
+    large["tasks"] = {"scan": large["tasks"]["lm_dialect"] | {"max_length": length}}
+    given = 60 * limits(large, size(SEVEN))["minutes"]
+
+    def seconds(name: str, longest: bool) -> float:
+        machine = Machine(1, 1, 1e6, None, name, 1e9)
+        return cell_need(large, network(SEVEN), TASKS, machine, longest=longest).total
+
+    assert (4 if precision == "fp32" else 6) < given / seconds("A100", False) < 10
+    assert given >= seconds("V100", True)
+    assert given >= 3.5 * seconds("V100", False)
 
 
 def test_more_work_is_given_more_time():

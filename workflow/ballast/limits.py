@@ -1,7 +1,8 @@
 """Limits of a cell, and of making its base ready: minutes, memory, GPUs.
 
 A limit is a guard, not a forecast: what nobody says is several times what the cell should take on a
-slow machine with examples as long as they may be, and never below what suits a small base.
+slow machine, more than it should with examples as long as they may be, and never below what suits a
+small base.
 `minutes` is wall time, `memory_mb` what the process holds in its host's memory (`footprint`: MB of
 10^6 bytes, pages of files not counted), and `gpus` how many GPUs it gets.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from ballast.forecast.bases import BaseSize
 from ballast.forecast.machine import Machine
-from ballast.forecast.need import cell_need
+from ballast.forecast.need import cell_need, decomposing_seconds
 from ballast.forecast.prepare import preparation
 from ballast.tasks import Task
 
@@ -24,8 +25,10 @@ LEAST = {"minutes": 10.0, "memory_mb": 4000}
 LEAST_BASE = {"minutes": 30.0, "memory_mb": 4000}
 # A base of more parameters is not for a CPU.
 LARGE = 1e8
-# Times the forecast of shapes alone, for a machine that is slow for its kind.
+# Times the forecast of shapes alone. Of time: of usual examples, and of the longest that there may
+# be, on a CPU that others may use too, and on a GPU that nobody else does and is slow for its kind.
 MARGIN_TIME, MARGIN_MEMORY = 4.0, 1.5
+MARGIN_GPU, MARGIN_GPU_LONGEST = 3.5, 1.0
 SLOW = Machine(1, 1, math.inf, None, "V100", math.inf)
 
 
@@ -40,8 +43,14 @@ def cell_limits(
     """Limits of a cell: what the suite or the base says (`own`), and what is left from its size."""
     gpus = _own_gpus(own, size, spec["training"]["device"])
     if not {"minutes", "memory_mb"} <= own.keys():
-        need = cell_need(spec | {"limits": {"gpus": gpus}}, size.shape, tasks, SLOW, longest=True)
-        found = _guard(LEAST, need.total, need.host_mb)
+        own_spec = spec | {"limits": {"gpus": gpus}}
+        usual, longest = (
+            cell_need(own_spec, size.shape, tasks, SLOW, longest=most) for most in (False, True)
+        )
+        # Cells start at once: each of them may have to decompose the base by itself.
+        alone = MARGIN_TIME * decomposing_seconds(spec, size.shape, SLOW)
+        seconds = _with_margin(usual.total, longest.total, gpus) + alone
+        found = _guard(LEAST, seconds, longest.host_mb)
     else:
         found = {}
     return found | {key: own[key] for key in LEAST if key in own} | {"gpus": gpus}
@@ -63,11 +72,13 @@ def base_limits(
     """
     gpus = max(_own_gpus(own, size, training["device"]) for training in trainings)
     precisions = sorted({training["precision"] for training in trainings})
-    needed = preparation(
-        source, size.shape, entries, tasks, batch_size, gpus, SLOW, precisions, longest=True
+    usual, longest = (
+        preparation(source, size.shape, entries, tasks, batch_size, gpus, SLOW, precisions, most)
+        for most in (False, True)
     )
     least = {key: max(LEAST_BASE[key], own.get(key, 0)) for key in LEAST_BASE}
-    return _guard(least, needed.seconds, needed.host_mb) | {"gpus": gpus}
+    seconds = _with_margin(usual.seconds, longest.seconds, gpus)
+    return _guard(least, seconds, longest.host_mb) | {"gpus": gpus}
 
 
 def limits_at(limits: dict[str, Any], attempt: int) -> tuple[float, int]:
@@ -81,8 +92,16 @@ def _own_gpus(own: dict[str, Any], size: BaseSize, device: str) -> int:
     return gpus_of(size, device) if asked == "auto" else asked
 
 
+def _with_margin(usual: float, longest: float, gpus: int) -> float:
+    """Seconds that are allowed for a forecast of so many, with usual and with longest examples."""
+    if gpus:
+        return max(MARGIN_GPU * usual, MARGIN_GPU_LONGEST * longest)
+    return MARGIN_TIME * longest
+
+
 def _guard(least: Mapping[str, float], seconds: float, mb: float) -> dict[str, Any]:
-    minutes = max(least["minutes"], _rounded(MARGIN_TIME * seconds / 60))
+    """Limits of what is allowed so many seconds and is forecast to hold so many MB."""
+    minutes = max(least["minutes"], _rounded(seconds / 60))
     return {
         "minutes": minutes,
         "memory_mb": int(max(least["memory_mb"], _rounded(MARGIN_MEMORY * mb))),

@@ -177,7 +177,8 @@ def _base(suite: Suite, name: str, spec: dict[str, Any], layout: Layout | None) 
         precision: _task_entries(suite, name, spec, precision)
         for precision in dict.fromkeys(training["precision"] for training in trainings)
     }
-    size = base_size(spec["source"], layout and base_folder(layout, name, key))
+    images = any(suite.tasks[task].image for task in next(iter(tasks.values())))
+    size = base_size(spec["source"], layout and base_folder(layout, name, key), images=images)
     limits = base_limits(
         spec["source"],
         next(iter(tasks.values())),

@@ -130,10 +130,8 @@ def _large_text(item: TooLarge) -> str:
     who = f"{item.method} on {item.base}, {item.target} ({cells(item.cells)})"
     if not item.method:
         who = f"base {item.base}, to be scored before its cells"
-    return (
-        f"{who}: needs {memory(item.needed_mb)} ({parts}), {where} has {memory(item.there_mb)}; "
-        f"{advice_text(item.advice)}"
-    )
+    needed, there = memory(item.needed_mb), memory(item.there_mb)
+    return f"{who}: needs up to {needed} ({parts}), {where} has {there}; {advice_text(item.advice)}"
 
 
 def _base_row(base: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from ballast.errors import DataError
 from ballast.files import read_json
 from ballast.forecast.architecture import WORLDS, Network, network
-from ballast.forecast.stand_in import stand_in
+from ballast.forecast.stand_in import stand_in, stand_in_config
 from ballast.hub import way_out
 from ballast.layout import Layout, real_data
 
@@ -27,6 +27,8 @@ class BaseSize:
 
     network: None where no configuration can be read. parameters: exact where there is a network,
     else read from the name ("...-7b"), else None. problem: why it is not exact, and what to do.
+    config: its configuration, or that of a network that stands in for it. images: whether it is
+    shown any.
     """
 
     network: Network | None
@@ -34,26 +36,31 @@ class BaseSize:
     origin: str
     problem: str = ""
     config: dict[str, Any] | None = None
+    images: bool = False
 
     @property
     def shape(self) -> Network:
         """The network, or one of the same size, or of a common large model's."""
-        return self.network or stand_in(self.parameters or UNKNOWN_PARAMETERS)
+        return self.network or stand_in(self.parameters or UNKNOWN_PARAMETERS, self.images)
 
 
-def base_size(source: dict[str, Any], folder: Path | None = None, ask: bool = True) -> BaseSize:
+def base_size(
+    source: dict[str, Any], folder: Path | None = None, ask: bool = True, images: bool = False
+) -> BaseSize:
     """What can be known of a base's size now.
 
     source: the suite's `source` of the base. folder: where it lies once it is ready, if anywhere.
-    The config.json of a base of the hub that is not ready is looked for in the hub's own cache, and
-    with `ask` on the hub.
+    images: whether any of its tasks has images. The config.json of a base of the hub that is not
+    ready is looked for in the hub's own cache, and with `ask` on the hub.
     """
     try:
         config, origin = _config(source, folder, ask)
         found = network(config)
     except DataError as error:
         guess = _named_size(source)
-        return BaseSize(None, guess, "its name" if guess else "nothing", str(error))
+        like = stand_in_config(guess or UNKNOWN_PARAMETERS, images)
+        origin = "its name" if guess else "nothing"
+        return BaseSize(None, guess, origin, str(error), like, images)
     return BaseSize(found, found.parameters, origin, config=config)
 
 

@@ -144,6 +144,21 @@ def cell_need(
     )
 
 
+def decomposing_seconds(
+    spec: dict[str, Any],
+    network: Network,
+    machine: Machine,
+    footprint: Footprint | None = None,
+) -> float:
+    """Seconds of decomposing the base's weights and keeping that, if a cell's method asks for it.
+
+    The first of a base's cells does so for all.
+    """
+    found = footprint or footprint_guess(spec, network, 0.0)
+    rate = machine.rate(False, "fp32", spec["training"]["threads"])
+    return found.decomposing / rate + found.decomposed / READING
+
+
 def _padded(text: float, max_length: int | None, network: Network) -> float:
     """Tokens of the longest text of a batch, where one has so many."""
     return max(text, min(PADDED * text, max_length or network.positions, network.positions))

@@ -19,7 +19,7 @@ from ballast.forecast.bases import BaseSize, base_folder, base_size
 from ballast.forecast.calibrate import Calibration, Key, calibrated, likeness, usable
 from ballast.forecast.holding import Footprint, footprint_guess
 from ballast.forecast.machine import Machine
-from ballast.forecast.need import READING, Need, cell_need
+from ballast.forecast.need import Need, cell_need, decomposing_seconds
 from ballast.forecast.prepare import Preparation, preparation
 from ballast.layout import Layout
 from ballast.outcome import RECORD
@@ -140,7 +140,7 @@ def forecast_suite(
     number = plan.groupby(alike, dropna=False, sort=False).ngroup().to_numpy()
     texts = plan["spec"].to_numpy()
     specs = {group: json.loads(texts[place]) for place, group in _firsts(number)}
-    bases = _bases(specs, layout, thorough)
+    bases = _bases(specs, layout, tasks, thorough)
     known = dict(zip(plan["id"], number, strict=True))
     counted = _counted(specs, bases, layout) if thorough else _kept_counts(specs, bases, layout)
     footprints = {
@@ -229,7 +229,9 @@ def _firsts(number: Any) -> list[tuple[int, int]]:
     return [(place, group) for group, place in seen.items()]
 
 
-def _bases(specs: dict[int, dict[str, Any]], layout: Layout, ask: bool) -> dict[str, BaseForecast]:
+def _bases(
+    specs: dict[int, dict[str, Any]], layout: Layout, tasks: dict[str, Task], ask: bool
+) -> dict[str, BaseForecast]:
     """Size, network and readiness of every base."""
     made = {}
     for spec in specs.values():
@@ -237,7 +239,9 @@ def _bases(specs: dict[int, dict[str, Any]], layout: Layout, ask: bool) -> dict[
         if name in made:
             continue
         folder = base_folder(layout, name, key)
-        size = base_size(spec["source"], folder, ask)
+        names = {task for own in specs.values() if own["base"] == name for task in own["tasks"]}
+        images = any(tasks[task].image for task in names)
+        size = base_size(spec["source"], folder, ask, images)
         ready = (layout.suite(spec["suite"]) / "bases" / f"{name}.json").exists()
         made[name] = BaseForecast(name, size, size.shape, spec["source"], key, ready)
     return made
@@ -277,32 +281,23 @@ def prepared(
 
 def _decompose(made: Forecast, base: BaseForecast, layout: Layout) -> None:
     """Add singular value decompositions of a base's weights to the first cell that needs them."""
-    wanted = {
-        group: found
+    found = {
+        group: made.footprints.get(group) or footprint_guess(spec, base.network, 0.0)
         for group, spec in made.specs.items()
         if spec["base"] == base.name
-        and (found := _footprint(made, group, base.network)).decomposing
     }
-    if not wanted:
-        return
-    size = max(found.decomposed for found in wanted.values())
+    wanted = {group: own for group, own in found.items() if own.decomposing}
+    size = max((own.decomposed for own in wanted.values()), default=0.0)
     made.shared_mb += size / 1e6
     there = layout.decompositions(base.name, base.key)
-    if there.is_dir() and any(there.iterdir()):
-        return
     cells = made.cells
-    rows = cells.index[cells["group"].isin(list(wanted)) & (cells["status"].isin(TRAINED))]
-    if len(rows):
-        found = wanted[cells.loc[rows[0], "group"]]
-        threads = made.specs[cells.loc[rows[0], "group"]]["training"]["threads"]
-        rate = made.machine.rate(False, "fp32", threads)
-        cells.loc[rows[0], "seconds"] += found.decomposing / rate + size / READING
+    rows = cells.index[cells["group"].isin(list(wanted)) & cells["status"].isin(TRAINED)]
+    if len(rows) and not (there.is_dir() and any(there.iterdir())):
+        first = cells.loc[rows[0], "group"]
+        spec = made.specs[first]
+        spent = decomposing_seconds(spec, base.network, made.machine, wanted[first])
+        cells.loc[rows[0], "seconds"] += spent
         base.decompositions = size
-
-
-def _footprint(made: Forecast, group: int, network: Network) -> Footprint:
-    spec = made.specs[group]
-    return made.footprints.get(group) or footprint_guess(spec, network, 0.0)
 
 
 def packed(seconds: Sequence[float], slots: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ballast.forecast.suite import Forecast
+from ballast.forecast.suite import BaseForecast, Forecast
 
 STATUSES = {"failed": "failed", "stale": "stale", "rescore": "to score again"}
 # A cell that should take this share of its limit is near it.
@@ -44,12 +44,7 @@ def basis_text(forecast: Forecast) -> str:
 def warnings_of(forecast: Forecast) -> list[str]:
     """One sentence for each thing that should be settled before a run starts."""
     found = [
-        f"base {base.name}: {base.size.problem}; "
-        + (
-            f"taken for a Llama of {count(base.size.parameters)} parameters by its name"
-            if base.size.parameters
-            else f"of unknown size, taken for {count(base.network.parameters)} parameters"
-        )
+        f"base {base.name}: {base.size.problem}; " + _taken_text(base)
         for base in forecast.bases.values()
         if base.size.network is None
     ]
@@ -72,6 +67,17 @@ def warnings_of(forecast: Forecast) -> list[str]:
             f"{memory(machine.disk_free_mb)} are free"
         )
     return found
+
+
+def _taken_text(base: BaseForecast) -> str:
+    """What a base that cannot be looked at is taken for."""
+    text = f"of unknown size, taken for {count(base.network.parameters)} parameters"
+    if base.size.parameters:
+        text = f"taken for a Llama of {count(base.size.parameters)} parameters by its name"
+    if base.network.tower is None:
+        return text
+    tokens = base.network.image_tokens
+    return f"{text}, shown images through CLIP-L/14-336 ({tokens} tokens each)"
 
 
 def cells(number: int) -> str:
