@@ -125,6 +125,18 @@ def test_a_large_cell_is_given_several_times_what_it_takes(precision, length):
     assert given >= 3.5 * seconds("V100", False)
 
 
+def test_a_base_is_made_ready_in_the_precisions_of_its_cells():
+    def found(*precisions: str) -> dict:
+        trainings = [TRAINING | {"precision": precision} for precision in precisions]
+        return base_limits({"path": "x"}, spec()["tasks"], trainings, 128, size(SEVEN), TASKS, {})
+
+    full, half, both = found("fp32"), found("bf16"), found("fp32", "bf16")
+    weights = 6_738_415_616 * 2 / 1e6
+    assert 0.6 * full["memory_mb"] > half["memory_mb"] > weights
+    assert both["memory_mb"] == full["memory_mb"]
+    assert both["minutes"] >= max(full["minutes"], half["minutes"])
+
+
 def test_more_work_is_given_more_time():
     def minutes(family="reparameterization", of=SEVEN, **training):
         return limits(spec(family, **training), size(of))["minutes"]
