@@ -24,7 +24,7 @@ from ballast.forecast.machine import Machine, parse_memory
 from ballast.forecast.need import cell_need
 from ballast.forecast.stand_in import stand_in
 from ballast.forecast.suite import forecast_suite, packed, spec_of_record
-from ballast.forecast.words import warnings_of
+from ballast.forecast.words import device_notes, warnings_of
 from ballast.layout import Layout
 from ballast.limits import MARGIN_MEMORY, MARGIN_TIME
 from ballast.plan import make_plan
@@ -653,6 +653,9 @@ def test_a_plan_follows_what_is_there(home):
     ("arguments", "said"),
     [
         (["--device-memory", "many"], "'many' is no amount of memory; write 24GB"),
+        (["--device-memory", ""], "'' is no amount of memory; write 24GB"),
+        (["--memory", ""], "'' is no amount of memory; write 24GB"),
+        (["config"], "config: a folder; a suite's file is needed"),
         (["--cores", "0"], "Invalid value for '--cores'"),
         (["config/none.yaml"], "config/none.yaml: no such suite"),
     ],
@@ -661,6 +664,46 @@ def test_bad_arguments_are_refused_in_one_line(home, arguments, said):
     output = home.run("ballast", "plan", *arguments, code=2)
     assert said in output
     assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x00\xff\xfe\x80", "no text in UTF-8"),
+        (b"suite: x\nbases: {a: [1, 2\nmethods: {lora\n", "not YAML: line 3, column 8: expected"),
+        (b"a: b: c\n", "not YAML: line 1, column 5: mapping values are not allowed here"),
+        (b"a: \x01\n", "not YAML: "),
+    ],
+)
+def test_files_that_are_no_suites_are_refused_in_one_line(tmp_path, content, said):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SuiteError) as caught:
+        read_config(path)
+    assert f"{path}: {said}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_known_of_gpus_is_said(offline):
+    plan, _ = large_suite()
+    (note,) = device_notes(forecast(plan))
+    assert "nothing was checked against a GPU's memory, and times are an A100's" in note
+    assert "--gpus 4 --device-memory 80GB --memory 512GB" in note
+    told = replace(MACHINE, gpus=4, gpu_memory_mb=80_000)
+    assert device_notes(forecast(plan, told)) == ["no GPU here: times on GPUs are an A100's"]
+    assert not device_notes(forecast(plan, replace(told, gpu_name="H100")))
+    small = make_plan(read_suite(REPOSITORY / "config/config.yaml", LAYOUT))
+    assert not device_notes(forecast(small))
+
+
+def test_a_cell_of_a_gpu_needs_memory_on_its_host_too(offline):
+    """A checkpoint of full training passes through the host: 12 bytes a number."""
+    plan, _ = large_suite(precision="bf16")
+    machine = replace(MACHINE, gpus=1, gpu_memory_mb=2e5, gpu_name="H200", memory_mb=64_000)
+    large = too_large(forecast(plan, machine), TASKS, 2e5, 64_000)
+    assert {(item.method, item.kind) for item in large} == {("full_st", "host"), ("wise_ft", "host")}
+    parts = next(item.parts for item in large if item.method == "full_st")
+    assert parts["checkpoint"] == pytest.approx(12 * 6476.267520, rel=1e-3)
 
 
 def test_planning_and_forecasting_grow_no_faster_than_the_cells():

@@ -19,6 +19,7 @@ import yaml
 from ballast.budget import parse_budget
 from ballast.declare import MethodFile, discover
 from ballast.errors import MethodError, SuiteError, unknown
+from ballast.escape import one_line
 from ballast.layout import Layout
 from ballast.tasks import Task, read_tasks
 
@@ -229,15 +230,27 @@ def load_suite(config: dict[str, Any], layout: Layout, folder: Path | None = Non
 
 def read_config(path: Path) -> dict[str, Any]:
     """A suite's content as its file has it. Raises SuiteError if it is not a mapping in YAML."""
+    if path.is_dir():
+        raise SuiteError(f"{path}: a folder; a suite's file is needed, such as config/config.yaml")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SuiteError(f"{path}: no such suite; see config/") from None
+    except UnicodeDecodeError:
+        raise SuiteError(f"{path}: no text in UTF-8; a suite's file is YAML, see config/") from None
     except yaml.YAMLError as error:
-        raise SuiteError(f"{path}: not YAML: {error}") from None
+        raise SuiteError(f"{path}: not YAML: {_yaml_fault(error)}") from None
     if not isinstance(config, dict):
         raise SuiteError(f"{path}: a mapping of keys is expected")
     return config
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Where a file is no YAML, and why, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return one_line(str(error))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def read_suite(path: Path, layout: Layout) -> Suite:

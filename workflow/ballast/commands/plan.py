@@ -51,8 +51,10 @@ def plan(
         here,
         cores=here.cores if cores is None else cores,
         gpus=here.gpus if gpus is None else gpus,
-        memory_mb=parse_memory(memory) if memory else here.memory_mb,
-        gpu_memory_mb=parse_memory(device_memory) if device_memory else here.gpu_memory_mb,
+        memory_mb=here.memory_mb if memory is None else parse_memory(memory),
+        gpu_memory_mb=(
+            here.gpu_memory_mb if device_memory is None else parse_memory(device_memory)
+        ),
     )
     name, path = plan_file(suite, layout)
     table = read_table(path)
@@ -91,7 +93,7 @@ def _show(
     problems: list[str],
 ) -> None:
     from ballast.commands.screen import Screen
-    from ballast.forecast.words import counts_text, warnings_of
+    from ballast.forecast.words import counts_text, device_notes, warnings_of
 
     screen = Screen()
     screen.line(counts_text(name, forecast.cells["status"]), style="bold")
@@ -111,7 +113,7 @@ def _show(
         screen.table([headers[i] for i in keep], [[line[i] for i in keep] for line in lines])
     screen.heading("In all")
     screen.facts(_totals(forecast, machine))
-    notes = warnings_of(forecast) + problems
+    notes = warnings_of(forecast) + device_notes(forecast) + problems
     if notes or large:
         screen.heading("Before it starts")
     for note in notes:
@@ -130,8 +132,9 @@ def _large_text(item: TooLarge) -> str:
     who = f"{item.method} on {item.base}, {item.target} ({cells(item.cells)})"
     if not item.method:
         who = f"base {item.base}, to be scored before its cells"
-    needed, there = memory(item.needed_mb), memory(item.there_mb)
-    return f"{who}: needs up to {needed} ({parts}), {where} has {there}; {advice_text(item.advice)}"
+    # Without advice it is the need under the harshest settings.
+    needed = f"needs {'up to' if item.advice else 'at least'} {memory(item.needed_mb)} ({parts})"
+    return f"{who}: {needed}, {where} has {memory(item.there_mb)}; {advice_text(item.advice)}"
 
 
 def _base_row(base: Any) -> list[str]:
@@ -194,7 +197,8 @@ def _totals(forecast: Forecast, machine: Machine) -> list[tuple[str, str]]:
 
 
 def _largest(parts: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(parts.items(), key=lambda item: -item[1])[:3]
+    held = [(key, mb) for key, mb in parts.items() if mb]
+    return sorted(held, key=lambda item: -item[1])[:3]
 
 
 def _as_json(
@@ -202,7 +206,7 @@ def _as_json(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ballast.forecast.words import warnings_of
+    from ballast.forecast.words import device_notes, warnings_of
 
     due = forecast.due
     gpu = bool(due["gpu"].any())
@@ -235,7 +239,7 @@ def _as_json(
             for base in forecast.bases.values()
         },
         "does_not_fit": [asdict(item) for item in large],
-        "warnings": warnings_of(forecast),
+        "warnings": warnings_of(forecast) + device_notes(forecast),
     }
     if cells:
         kept = ["id", "status", "gpu", "seconds", "flops", "memory_mb", "device_mb", "disk_mb",

@@ -21,7 +21,8 @@ Settings = dict[str, Any]
 class TooLarge:
     """Cells of one method on one base and target that need more than there is (MB).
 
-    With examples as long as the settings allow. target and method are empty where it is the base
+    needed_mb: with examples as long as the settings allow; where there is no advice, with the
+    settings that need the least. target and method are empty where it is the base
     itself that cannot be scored before its cells.
     """
 
@@ -65,28 +66,31 @@ def too_large(
 def _base_explained(
     forecast: Forecast, tasks: dict[str, Task], base: BaseForecast, kind: str, there: float
 ) -> TooLarge:
+    takes = [(c, prepared(forecast, base, tasks, c)) for c in _base_changes(forecast, base)]
+    fitting = [change for change, taken in takes if _prepared_mb(taken, kind) <= there]
+    shown, advice = base.preparation, None
+    if fitting:
+        named = {"precisions": "precision", "batch_size": "evaluation.batch_size"}
+        first = fitting[0].items()
+        advice = {named[key]: "bf16" if key == "precisions" else value for key, value in first}
+    else:
+        shown = min((taken for _, taken in takes), key=lambda taken: _prepared_mb(taken, kind))
+    needed = _prepared_mb(shown, kind)
+    return TooLarge(base.name, "", "", 0, kind, needed, there, shown.parts, advice)
+
+
+def _base_changes(forecast: Forecast, base: BaseForecast) -> list[Settings]:
+    """Settings that make scoring a base smaller, from the mildest to the harshest."""
     own = [spec for spec in forecast.specs.values() if spec["base"] == base.name]
-    spec, needed = own[0], _prepared_mb(base.preparation, kind)
-    batch = spec["evaluation"]["batch_size"]
+    batch = own[0]["evaluation"]["batch_size"]
     whole = any(spec["training"]["precision"] == "fp32" for spec in own)
     halves: list[Settings] = [{}, {"precisions": ["bf16"]}] if whole else [{}]
-    changes = [
+    return [
         half | ({"batch_size": size} if size < batch else {})
         for half in halves
         for size in (batch, 16, 4, 1)
         if size <= batch
     ]
-    fitting = (
-        change
-        for change in changes
-        if _prepared_mb(prepared(forecast, base, tasks, change), kind) <= there
-    )
-    advice = next(fitting, None)
-    if advice:
-        named = {"precisions": "precision", "batch_size": "evaluation.batch_size"}
-        advice = {named[key]: "bf16" if key == "precisions" else v for key, v in advice.items()}
-    parts = base.preparation.parts
-    return TooLarge(base.name, "", "", 0, kind, needed, there, parts, advice)
 
 
 def _prepared_mb(taken: Preparation, kind: str) -> float:
@@ -106,16 +110,19 @@ def _explained(
     plain = _need(forecast, tasks, spec, worst)
     # What finished cells showed beyond the shapes stays, whatever the settings.
     more = worst[column] - _peak(plain, kind)
-    advice = next(
-        (
-            change
-            for change in _changes(spec)
-            if _peak(_need(forecast, tasks, _with(spec, change), worst), kind) + more <= there
-        ),
-        None,
-    )
+    needs = ((c, _need(forecast, tasks, _with(spec, c), worst)) for c in _changes(spec))
+    advice, needed, shown = None, worst[column], plain
+    for change, need in needs:
+        if _peak(need, kind) + more <= there:
+            advice = change
+            break
+        if _peak(need, kind) < _peak(shown, kind):
+            shown = need
+    if advice is None:
+        needed, plain = _peak(shown, kind) + more, shown
+    parts = plain.parts if kind == "GPU" else plain.host_parts
     who = (spec["base"], spec["target"], spec["method"])
-    return TooLarge(*who, number, kind, worst[column], there, plain.parts, advice)
+    return TooLarge(*who, number, kind, needed, there, parts, advice)
 
 
 def _need(

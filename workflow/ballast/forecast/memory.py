@@ -34,6 +34,7 @@ class Memory:
     host_mb: float
     device_mb: float
     parts: dict[str, float]  # MB by what holds them, of the phase with the higher peak
+    host_parts: dict[str, float]  # the same of the process on the host
 
 
 def peak(
@@ -60,19 +61,25 @@ def peak(
         parts = max(parts, evaluating, key=lambda held: sum(held.values()))
     parts = {name: size / 1e6 for name, size in parts.items() if size}
     total = sum(parts.values())
-    # Read as stored, and once more as the base's precision or a mixture's order wants them.
-    host = PROCESS_MB + 2 * features / 1e6
-    if family == "post-hoc":
-        # Copies of the base and of one parent's changed weights on the CPU.
-        host += total + 2 * FP32 * network.stack.parameters / 1e6
-        host += CUDA_HOST_MB if gpu else 0
-    elif gpu:
-        # What is on its way to the device, or from it to a checkpoint.
-        host += CUDA_HOST_MB
-        host += max(each * network.parameters, checkpoint_bytes(spec, footprint)) / 1e6
+    # Features are read as stored, and once more as the precision or a mixture's order wants them.
+    host = {"process": PROCESS_MB, "features": 2 * features / 1e6}
+    if gpu:
+        host["process"] += CUDA_HOST_MB
     else:
-        host += total
-    return Memory(host, CUDA_MB + LOOSE * total if gpu else 0.0, parts)
+        host |= parts
+    if family == "post-hoc":
+        # The base, copies of it and of one parent's changed weights, on the CPU.
+        host["copies"] = (total if gpu else 0.0) + 2 * FP32 * network.stack.parameters / 1e6
+    elif gpu:
+        # On their way to the device, or from it to a checkpoint.
+        passing = {
+            "weights": each * network.parameters / 1e6,
+            "checkpoint": checkpoint_bytes(spec, footprint) / 1e6,
+        }
+        largest = max(passing, key=passing.__getitem__)
+        host[largest] = passing[largest]
+    device = CUDA_MB + LOOSE * total if gpu else 0.0
+    return Memory(sum(host.values()), device, parts, host)
 
 
 def _training(

@@ -45,6 +45,7 @@ class Need:
     others: float
     checkpoint: float
     parts: dict[str, float]
+    host_parts: dict[str, float]
     measured: bool = False  # whether the adapter's size is by a footprint, and no guess
 
     @property
@@ -140,6 +141,7 @@ def cell_need(
         others=disk.other_bytes(spec),
         checkpoint=checkpoint,
         parts=held.parts,
+        host_parts=held.host_parts,
         measured=measured,
     )
 

@@ -69,6 +69,19 @@ def warnings_of(forecast: Forecast) -> list[str]:
     return found
 
 
+def device_notes(forecast: Forecast) -> list[str]:
+    """What is not known of the GPUs that cells ask for, and how to say it."""
+    machine = forecast.machine
+    if not forecast.due["gpu"].any() or machine.gpu_name:
+        return []
+    if machine.gpu_memory_mb is None:
+        return [
+            "no GPU here: nothing was checked against a GPU's memory, and times are an A100's; say "
+            "what there is, as in --gpus 4 --device-memory 80GB --memory 512GB"
+        ]
+    return ["no GPU here: times on GPUs are an A100's"]
+
+
 def _taken_text(base: BaseForecast) -> str:
     """What a base that cannot be looked at is taken for."""
     text = f"of unknown size, taken for {count(base.network.parameters)} parameters"
