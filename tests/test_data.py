@@ -474,3 +474,36 @@ def test_easy_vqa_pictures_load_and_stand_on_one_side_only():
     known = set(vision.vocabulary())
     words = Counter(w for rows in found.values() for r in rows for w in r["question"].split())
     assert sum(words[w] for w in words if w in known) > 0.97 * sum(words.values())
+
+
+def test_the_example_of_pictures_of_ones_own_works(tmp_path, monkeypatch):
+    """The task file of CONTRIBUTING, its folder made as is said there."""
+    import re
+
+    import yaml
+    from PIL import Image
+
+    from checkout import REPOSITORY
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(task: my_pictures\n.*?)```", text, re.S)
+    (config,) = [yaml.safe_load(block) for block in blocks]
+    for split, count in (("train", 20), ("test", 5)):
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for i in range(count):
+            Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(folder / split / f"{i}.png")
+            row = {"file_name": f"{i}.png", "question": f"{split} {i}?", "response": str(10 * i)}
+            lines.append(json.dumps(row))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    source = config["metadata"]["source"] | {"dataset": str(folder)}
+    found = {split: sources.rows(source, split, None) for split in sources.SPLITS}
+    assert {split: len(rows) for split, rows in found.items()} == {
+        "train": 18, "validation": 2, "test": 5,
+    }  # fmt: skip
+    assert [row["image"].getpixel((0, 0))[0] for row in found["test"]] == [0, 10, 20, 30, 40]
+    assert found["test"][1]["question"] == "test 1?"
+    assert found["test"][1]["response"] == "10"
