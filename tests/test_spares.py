@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ballast import spares
@@ -12,6 +13,7 @@ from ballast.files import sha256_file, write_sealed
 from ballast.layout import Layout
 from ballast.outcome import RECORD, cell_folder
 from ballast.records import read_path
+from ballast.status import forget_failed
 from fake_records import failed, plan_of, record
 
 ITEMS = "items.parquet"
@@ -50,10 +52,40 @@ def test_a_removed_record_comes_back_to_the_byte(cell):
 
 
 def test_nothing_comes_back_where_nothing_was_finished(tmp_path):
-    cell = Cell(tmp_path, failed(record()))
-    assert not cell.restored()
-    assert not cell.record.exists()
     assert not spares.restore(tmp_path / "curve.json")
+
+
+def test_a_failure_comes_back_until_it_is_tried_again(tmp_path):
+    """Its retries were spent; SLURM called the job out of memory all the same."""
+    cell = Cell(tmp_path, failed(record()))
+    assert cell.restored()
+    assert cell.record.read_bytes() == cell.before
+    plan = pd.DataFrame([cell.row])
+    assert forget_failed(plan, cell.layout, "tiny") == [cell.row["id"]]
+    assert not cell.restored()
+
+
+def test_a_run_that_makes_what_is_there_again_has_a_reason(cell):
+    """Copies go when it starts; that of a record which its groups lost stays."""
+    spares.drop_spares(cell.layout.suite("tiny"))
+    assert cell.restored()
+    spares.drop_spares(cell.layout.suite("tiny"))
+    cell.record.unlink()
+    assert not cell.restored()
+
+
+def test_a_record_of_other_weights_of_its_parent_does_not_come_back(tmp_path):
+    parent = Cell(tmp_path, record(method="full_st", rank=None))
+    assert parent.restored()
+    child = record(method="wise_ft", rank=None)
+    child["identity"]["parents"] = [parent.row["id"]]
+    child["provenance"]["parents"] = {parent.row["id"]: "00"}
+    cell = Cell(tmp_path, child)
+    assert cell.restored()
+    trained = read_path(parent.record)
+    trained["files"]["adapter.safetensors"] = "11"
+    write_sealed(parent.record, trained)
+    assert not cell.restored()
 
 
 @pytest.mark.parametrize("changed", ["train_key", "eval_key"])

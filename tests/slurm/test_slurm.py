@@ -115,17 +115,19 @@ def test_what_the_supervisor_ends_is_tried_again_with_more_and_goes_on(home, pla
 
 
 def test_a_cell_that_never_fits_its_memory_is_a_record_in_the_end(home):
-    """SLURM may call the last job OUT_OF_MEMORY, though its supervisor wrote the record."""
+    """SLURM takes the last job for a failed one, though its supervisor wrote the record."""
     option = home.suite("never", ["grows", "plain"])
     since = home.last_job()
-    output = home.slurm(
-        option, *ALONE, "--retries", "1", "--set-resources", "cell:mem_mb=1500", code=None
-    )
+    again = [option, *ALONE, "--retries", "1", "--set-resources", "cell:mem_mb=1500"]
+    assert "1 done, 0 failed, 1 missing" in home.slurm(*again, code=1)
+    assert len(requests(home, since)["grows"]) == 2
+    assert "1 done, 1 failed" in home.slurm(*again)
     records = home.records("never")
-    print(output, home.jobs(since))
-    assert records["grows"]["failure"]["kind"] in ("killed", "oom")
-    assert records["plain"]["status"] == "ok"
-    assert "1 done, 1 failed" in output
+    assert records["grows"]["failure"]["kind"] == "killed"
+    assert records["grows"]["failure"]["attempts"] == 2
+    assert len(requests(home, since)["grows"]) == 3
+    log = home.root / "results/never/logs" / f"{records['grows']['id']}.log"
+    assert "its record is put back" in log.read_text()
 
 
 def test_when_retries_are_spent_the_failure_is_a_record(home):

@@ -1,9 +1,10 @@
-"""Spare copies of finished records and curves, for when Snakemake cleans up a group of jobs.
+"""Spare copies of finished records and curves, for when Snakemake cleans up after a submission.
 
 On a cluster several small cells share a submission. Where one of them fails, or SLURM kills it,
 Snakemake removes what all of them declared, finished ones included, and runs all of them again. A
 copy beside the file lets a job that finds it finished put it back, instead of scoring once more.
-Only what ended well has one: a failure is tried again.
+So does the record of a failure whose retries are spent: SLURM calls a job out of memory, and
+Snakemake removes what it wrote, even where only the cell was killed and its supervisor ended well.
 """
 
 from __future__ import annotations
@@ -44,10 +45,8 @@ def restore(path: Path) -> bool:
 
 
 def keep_record(row: dict[str, Any], layout: Layout) -> None:
-    """Keep a copy of the record of a plan's row if the cell ended well."""
-    path = cell_folder(row, layout) / RECORD
-    if read_path(path)["status"] == "ok":
-        keep(path)
+    """Keep a copy of the record of a plan's row."""
+    keep(cell_folder(row, layout) / RECORD)
 
 
 def restore_record(row: dict[str, Any], layout: Layout) -> bool:
@@ -57,13 +56,13 @@ def restore_record(row: dict[str, Any], layout: Layout) -> bool:
         record = read_path(_spare(folder / RECORD))
     except DataError:
         return False
-    if status_of(row, record) != "ok" or not _complete(record, folder):
-        return False
-    # One that an earlier version wrote does not say which weights of its parents it was made of.
-    parents = adapters_of(json.loads(row["spec"]), layout)
-    if record["provenance"].get("parents", {}) != parents:
-        return False
-    return restore(folder / RECORD)
+    status = status_of(row, record)
+    if status == "ok":
+        parents = adapters_of(json.loads(row["spec"]), layout)
+        # One that an earlier version wrote does not say of which weights of its parents it is.
+        if record["provenance"].get("parents", {}) != parents or not _complete(record, folder):
+            return False
+    return status in ("ok", "failed") and restore(folder / RECORD)
 
 
 def drop_spares(home: Path) -> None:
@@ -75,6 +74,11 @@ def drop_spares(home: Path) -> None:
         for spare in home.glob(f"{folder}/.*{SPARE}"):
             if spare.with_name(spare.name.removeprefix(".").removesuffix(SPARE)).exists():
                 spare.unlink(missing_ok=True)
+
+
+def drop_spare(path: Path) -> None:
+    """Remove the copy of a file, if there is one."""
+    _spare(path).unlink(missing_ok=True)
 
 
 def _complete(record: dict[str, Any], folder: Path) -> bool:

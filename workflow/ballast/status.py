@@ -22,6 +22,7 @@ from ballast.layout import Layout
 from ballast.orphans import tied_to
 from ballast.plan import plan_key, read_plan, sums_of
 from ballast.records import NAME, scan, status_of
+from ballast.spares import drop_spare
 from ballast.suite import check_schema
 
 
@@ -117,5 +118,7 @@ def forget_failed(plan: pd.DataFrame, layout: Layout, suite: str) -> list[str]:
     failed = {record["id"] for record in records if record["status"] == "failed"}
     removed = [cell for cell in plan["id"] if cell in failed]
     for cell in removed:
-        (layout.cell(suite, cell) / NAME).unlink()
+        path = layout.cell(suite, cell) / NAME
+        drop_spare(path)
+        path.unlink()
     return removed
