@@ -425,6 +425,16 @@ def test_masks_hold_every_number_that_they_choose_from(method, held, copies):
     assert found.beside == pytest.approx(copies * held * layers, rel=0.001)
 
 
+def test_what_a_method_holds_before_its_first_step():
+    """On LLaMA-7B in bf16: gradients (2 bytes) and their sums (4) of all matrices, for SpA's places;
+    the covariances of all inputs in fp32, for CorDA."""
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    spa = large_footprint({"model_type": "llama"}, "spa").start
+    assert spa == pytest.approx(6 * matrices, rel=0.1)
+    corda = large_footprint({"model_type": "llama"}, "corda").start
+    assert corda == pytest.approx(4 * 32 * (6 * 4096**2 + 11008**2), rel=0.2)
+
+
 @pytest.mark.parametrize(("method", "ratio"), [("lora", 1.33), ("full_st", 1.30), ("dora", 1.86)])
 def test_activations_are_those_that_were_measured_on_a_gpu(method, ratio):
     """Measured in bf16 against 9 widths and 4 inner widths of 2 bytes in each layer."""

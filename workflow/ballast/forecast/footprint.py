@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ballast.decompositions import Decompositions
 from ballast.forecast.holding import Footprint
@@ -25,6 +27,8 @@ from ballast.forecast.miniature import model_of, scale_of, shrunk
 # number of tokens, or twice that.
 STEPS, ROWS, TOKENS = 2, 2, 37
 IMAGE_TOKENS, MARKER = 2, 1
+# Smaller tensors than this count for nothing while a method starts.
+LEAST_BYTES = 256
 # The largest rank of a miniature; a larger one is grown to.
 RANK = 16
 # A miniature that is too narrow for a method's settings is made this much wider, once.
@@ -41,6 +45,7 @@ class Run:
     stored: list[Shape]
     beside: list[Shape]
     kept: list[Shape]
+    start: int  # the most bytes that were held while the method started
     decomposed: list[tuple[int, ...]]
 
 
@@ -56,6 +61,40 @@ class Asked(Decompositions):
         self.shapes[weight.data_ptr()] = (rows, columns)
         least = min(rows, columns)
         return torch.zeros(rows, least), torch.zeros(least), torch.zeros(least, columns)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors hold at once beyond a model's own; small ones do not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.now = self.most = 0
+        for parameter in model.parameters():
+            self._add(parameter.untyped_storage())
+        self.before = self.now
+
+    @property
+    def more(self) -> int:
+        return self.most - self.before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: Any) -> None:
+        size, place = storage.nbytes(), storage.data_ptr()
+        if size < LEAST_BYTES or (place in self.held and not self.held[place][0].expired()):
+            return
+        self.now += size - self.held.get(place, (None, 0))[1]
+        self.held[place] = StorageWeakRef(storage), size
+        if self.now > self.most:
+            self.held = {p: kept for p, kept in self.held.items() if not kept[0].expired()}
+            self.now = sum(size for _, size in self.held.values())
+            self.most = max(self.most, self.now)
 
 
 class Kept:
@@ -149,10 +188,17 @@ def _sums(wide: Run, others: list[tuple[Run, float]], width: float) -> Footprint
         beside=total("beside"),
         activations=moving / rows,
         copies=sum(count * size for count, (_, size) in kept) - moving,
+        start=_grown_bytes(wide.start, others[0][0].start, width) if others else wide.start,
         decomposed=4 * sum((m + n + 1) * min(m, n) for m, n in shapes),
         # A singular value decomposition takes about 14 m n min(m, n) operations.
         decomposing=14 * sum(m * n * min(m, n) for m, n in shapes),
     )
+
+
+def _grown_bytes(total: float, before: float, factor: float) -> float:
+    """Bytes of vectors and matrices at `factor` times the widths, from those at one and at half."""
+    matrices = min(total, max(0.0, 2 * total - 4 * before))
+    return matrices * factor**2 + (total - matrices) * factor
 
 
 def grown_side(side: int, before: int, factor: float) -> float:
@@ -185,7 +231,8 @@ def run(config: dict[str, Any], spec: dict[str, Any], methods: Path, rank: int |
         "steps": STEPS, "batch_size": ROWS, "accumulation": 1, "gradient_checkpointing": False,
     }  # fmt: skip
     trainer, kept = Trainer(tuner, _examples(model, spec), settings, seed=0), Kept(tuner)
-    trainer.prepare()
+    with Live(model) as live:
+        trainer.prepare()
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         trainer.run()
     head = {n: p for n, p in model.named_parameters() if n.startswith("class_head.")}
@@ -195,6 +242,7 @@ def run(config: dict[str, Any], spec: dict[str, Any], methods: Path, rank: int |
         stored=[_shape(tensor) for tensor in tuner.tensors().values()],
         beside=list(_beside(tuner.ctx)),
         kept=kept.shapes(),
+        start=live.more,
         decomposed=list(cache.shapes.values()),
     )
 

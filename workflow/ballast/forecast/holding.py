@@ -27,6 +27,10 @@ MASKED = {"fish", "gradient_mask", "magnitude_mask"}
 WEIGHING = {"lorasculpt", "clora"}
 
 
+# Gradients of the frozen matrices, summed in fp32, before anything trains.
+SCORING = {"spa", "rosa"}
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Of a method on a base.
@@ -34,7 +38,8 @@ class Footprint:
     held: numbers in the parameters that train, masked ones included: each has a gradient and two
     moments. stored: bytes of the finished adapter's tensors; tensors: how many they are. beside:
     bytes of what the method keeps beside the base and what trains. activations: bytes that the
-    layers keep of a token for the backward pass; copies: bytes that they keep of weights.
+    layers keep of a token for the backward pass; copies: bytes that they keep of weights. start:
+    the most bytes beside the base that the method holds before the first step.
     decomposed: bytes of the singular vectors of base weights that the method asks for; decomposing:
     operations of computing them.
     """
@@ -45,6 +50,7 @@ class Footprint:
     beside: float
     activations: float
     copies: float
+    start: float
     decomposed: float
     decomposing: float
 
@@ -65,9 +71,20 @@ def footprint_guess(spec: dict[str, Any], network: Network, trained: float) -> F
         activations=network.stack.layers * activation_bytes(network, each),
         # Autocast keeps what trains in the base's precision too.
         copies=each * held if each != FP32 else 0.0,
+        start=_start_guess(spec, network, held),
         decomposed=decomposed,
         decomposing=decomposing,
     )
+
+
+def _start_guess(spec: dict[str, Any], network: Network, held: float) -> float:
+    """Bytes of gradients of weights and their sums in fp32, or of inputs' covariances."""
+    each = FP32 if spec["training"]["precision"] == "fp32" else 2
+    if spec["method"] in SCORING:
+        return (FP32 + each) * network.stack.matrices
+    if spec["method"] == "corda":
+        return FP32 * network.stack.layers * sum(n * n for _, n in network.stack.linear.values())
+    return FP32 * held
 
 
 def decomposition(network: Network) -> tuple[float, float]:

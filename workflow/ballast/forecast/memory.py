@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ballast.forecast.holding import Footprint
 
 # Python with torch, transformers and lm-eval loaded; and what CUDA's libraries add on the host.
-PROCESS_MB, CUDA_HOST_MB = 600.0, 2500.0
+PROCESS_MB, CUDA_HOST_MB = 570.0, 2500.0
 # CUDA's context, kernels and the allocator's unused blocks on the GPU: a part, and a share.
 CUDA_MB, LOOSE = 700.0, 1.08
 FP32 = 4
@@ -85,7 +85,7 @@ def peak(
 def _training(
     spec: dict[str, Any], network: Network, footprint: Footprint, length: float
 ) -> dict[str, float]:
-    """Bytes by what holds them at the higher peak of a step: the passes', or the optimiser's."""
+    """Bytes by what holds them at the highest peak: of the passes, the optimiser's, the start's."""
     training, each, held = spec["training"], each_of(spec), footprint.held
     # What trains is kept in fp32: weights of the base that are raised, or adapters beside them.
     raised = (FP32 - each) if spec["family"] == "selective" else FP32
@@ -101,7 +101,9 @@ def _training(
     passes = {"activations": tokens * kept + footprint.copies, "logits": logits}
     # All tensors are stepped at once (foreach), through a copy of what trains.
     step = {"optimiser": FP32 * held}
-    return parts | max(passes, step, key=lambda held: sum(held.values()))
+    steps = parts | max(passes, step, key=lambda held: sum(held.values()))
+    start = {"weights": weights - raised * held, "start": footprint.start}
+    return max(steps, start, key=lambda held: sum(held.values()))
 
 
 def _scoring(spec: dict[str, Any], network: Network, task: Scored) -> dict[str, float]:
