@@ -426,13 +426,14 @@ def test_masks_hold_every_number_that_they_choose_from(method, held, copies):
 
 
 def test_what_a_method_holds_before_its_first_step():
-    """On LLaMA-7B in bf16: gradients (2 bytes) and their sums (4) of all matrices, for SpA's places;
-    the covariances of all inputs in fp32, for CorDA."""
+    """On LLaMA-7B in bf16: gradients of all matrices (2 bytes), their sums and means (4 each) for
+    SpA's places; the covariances of all inputs in fp32, for CorDA."""
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     spa = large_footprint({"model_type": "llama"}, "spa").start
-    assert spa == pytest.approx(6 * matrices, rel=0.1)
+    assert spa == pytest.approx(10 * matrices, rel=0.1)
     corda = large_footprint({"model_type": "llama"}, "corda").start
-    assert corda == pytest.approx(4 * 32 * (6 * 4096**2 + 11008**2), rel=0.2)
+    # And some copies of the one that is decomposed.
+    assert 1 < corda / (4 * 32 * (6 * 4096**2 + 11008**2)) < 1.3
 
 
 @pytest.mark.parametrize(("method", "ratio"), [("lora", 1.33), ("full_st", 1.30), ("dora", 1.86)])

@@ -25,7 +25,7 @@ from ballast.forecast.miniature import model_of, scale_of, shrunk
 
 # Of a miniature's run: enough for what methods make after their first step. No width is this prime
 # number of tokens, or twice that.
-STEPS, ROWS, TOKENS = 2, 2, 37
+STEPS, ROWS, TOKENS = 2, 2, 13
 IMAGE_TOKENS, MARKER = 2, 1
 # Smaller tensors than this count for nothing while a method starts.
 LEAST_BYTES = 256
@@ -198,6 +198,9 @@ def _sums(wide: Run, others: list[tuple[Run, float]], width: float) -> Footprint
 def _grown_bytes(total: float, before: float, factor: float) -> float:
     """Bytes of vectors and matrices at `factor` times the widths, from those at one and at half."""
     matrices = min(total, max(0.0, 2 * total - 4 * before))
+    if total > 2.8 * before:
+        # Nearly all are matrices; the few tokens' activations weigh less and less.
+        matrices = total
     return matrices * factor**2 + (total - matrices) * factor
 
 

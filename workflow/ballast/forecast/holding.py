@@ -78,10 +78,10 @@ def footprint_guess(spec: dict[str, Any], network: Network, trained: float) -> F
 
 
 def _start_guess(spec: dict[str, Any], network: Network, held: float) -> float:
-    """Bytes of gradients of weights and their sums in fp32, or of inputs' covariances."""
+    """Bytes of gradients of weights, their sums and means, or of inputs' covariances."""
     each = FP32 if spec["training"]["precision"] == "fp32" else 2
     if spec["method"] in SCORING:
-        return (FP32 + each) * network.stack.matrices
+        return (2 * FP32 + each) * network.stack.matrices
     if spec["method"] == "corda":
         return FP32 * network.stack.layers * sum(n * n for _, n in network.stack.linear.values())
     return FP32 * held
