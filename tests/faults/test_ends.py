@@ -26,7 +26,7 @@ from ballast.costs import since_start
 from ballast.damage import set_aside_damaged
 from ballast.dates import without_future
 from ballast.errors import DataError
-from ballast.files import remove_parts, replacing, write_sums, write_text
+from ballast.files import remove_parts, remove_parts_of, replacing, write_sums, write_text
 from ballast.layout import Layout
 from ballast.locks import held
 from ballast.plan import COLUMNS
@@ -366,3 +366,14 @@ def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch):
     said: list[str] = []
     with held(tmp_path, "cell", said.append):
         assert "without locks" in said[0]
+
+
+def test_what_is_whole_is_freed_of_what_its_writer_left_too(tmp_path):
+    """A writer that was killed after its file had taken its place."""
+    for name in ("a.json", "b.json"):
+        write_text(tmp_path / name, "whole")
+        (tmp_path / f".{name}.stale.part").write_text("")
+        (tmp_path / f".{name}.stale.part.new").mkdir()
+    remove_parts_of(tmp_path / "a.json")
+    assert len(list(tmp_path.iterdir())) == 4
+    assert not list(tmp_path.glob(".a.*"))

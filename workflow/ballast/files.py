@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     before the rename. What a killed process left of the same file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_parts(path.parent, f".{glob.escape(path.name)}.*{PART}")
+    remove_parts_of(path)
     handle, guard = _locked_guard(path)
     folder = _guarded(guard)
     temporary = folder / path.name
@@ -82,6 +82,11 @@ def remove_parts(folder: Path, pattern: str = f"**/.*{PART}") -> None:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(_guarded(guard), ignore_errors=True)
             guard.unlink()
+
+
+def remove_parts_of(path: Path) -> None:
+    """`remove_parts`, of one file: also where it is whole, and so is not written again."""
+    remove_parts(path.parent, f".{glob.escape(path.name)}.*{PART}")
 
 
 def write_text(path: Path, text: str) -> None:

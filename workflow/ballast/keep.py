@@ -22,6 +22,7 @@ from ballast.files import (
     check_sums,
     forget_sums,
     read_json,
+    remove_parts,
     replacing,
     sha256_file,
     write_sums,
@@ -66,6 +67,7 @@ def keep_suite(suite: Path, folder: Path, rates: Path | None = None) -> int:
         }
     )
     finished = [record for record in records if record["status"] == "ok"]
+    remove_parts(folder)
     forget_sums(folder)
     with replacing(folder / ITEMS) as temporary:
         items.write_table(items.as_table(_items(cells, finished), SCHEMA), temporary)

@@ -19,7 +19,14 @@ import ballast.quiet  # noqa: F401  (first: the libraries read its settings when
 from ballast.bases.build import WEIGHTS, make_base
 from ballast.data import check_overlaps, prepare_task
 from ballast.errors import Damaged, DataError
-from ballast.files import read_seal, read_sealed, set_aside, sha256_file, write_sealed
+from ballast.files import (
+    read_seal,
+    read_sealed,
+    remove_parts,
+    set_aside,
+    sha256_file,
+    write_sealed,
+)
 from ballast.layout import Layout
 from ballast.locks import held
 from ballast.outcome import LOWER
@@ -98,7 +105,9 @@ def _ready(work: _Work, entries: dict[str, Entries], threads: int) -> dict[str, 
     import torch
 
     torch.set_num_threads(threads)
-    made = make_base(work.spec, work.layout.base(work.name, work.key), work.report)
+    folder = work.layout.base(work.name, work.key)
+    remove_parts(folder)
+    made = make_base(work.spec, folder, work.report)
     _check_cells(work.name, work.key, made, work.layout)
     found = {
         precision: _tasks(work, own, precision, Path(made["model"]))
@@ -124,6 +133,8 @@ def _tasks(work: _Work, entries: Entries, precision: str, model: Path) -> dict[s
         task: work.layout.data(work.name, work.key, task, entry["data_key"])
         for task, entry in entries.items()
     }
+    for folder in folders.values():
+        remove_parts(folder)
     load = functools.cache(lambda: _load(model, precision, work.device))
     manifests = {
         task: prepare_task(load, work.spec, work.tasks[task], entry, folders[task], work.report)
@@ -153,6 +164,8 @@ def _scores(
         task: work.layout.scores(work.name, work.key, task, _scores_key(entry))
         for task, entry in entries.items()
     }
+    for place in places.values():
+        remove_parts(place)
     files = {task: {"test": SCORES} for task in entries}
     for task, entry in entries.items():
         if "validation" in entry["sizes"]:

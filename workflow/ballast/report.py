@@ -8,12 +8,14 @@ from pathlib import Path
 
 from ballast.errors import DataError
 from ballast.figures.output import write_figures
-from ballast.files import SUMS, forget_sums, write_sums
+from ballast.files import SUMS, forget_sums, remove_parts, write_sums
 from ballast.outcome import COMPLETE
 from ballast.results import Results
 from ballast.site import write_site
 from ballast.tables.output import write_tables
 from ballast.tables.summary import Place
+
+FIGURES = "figures"
 
 
 def write_tables_and_figures(
@@ -27,7 +29,7 @@ def write_tables_and_figures(
     tables = results.folder / "tables"
     with _marked(results, tables, complete):
         written = write_tables(results, tables, places, protocol)
-        written += write_figures(places, results.folder / "figures")
+        written += write_figures(places, results.folder / FIGURES)
         write_sums(results.folder, written, f"tables/{SUMS}")
         return written
 
@@ -60,6 +62,8 @@ def _marked(results: Results, folder: Path, complete: bool) -> Iterator[None]:
     mark = folder / COMPLETE
     whole = complete or (mark.exists() and done.all())
     mark.unlink(missing_ok=True)
+    for written in (folder, results.folder / FIGURES):
+        remove_parts(written)
     forget_sums(folder)
     yield
     if whole:

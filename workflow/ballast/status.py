@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ballast.errors import Damaged, SuiteError
-from ballast.files import set_aside, write_json
+from ballast.files import remove_parts, set_aside, write_json
 from ballast.forecast.machine import this_machine
 from ballast.forecast.suite import DUE, forecast_suite
 from ballast.forecast.words import cost_text, counts_text, warnings_of
@@ -35,6 +35,7 @@ def make_plan_file(config: dict[str, Any], root: Path, results: Path, folder: Pa
     check_schema(config, layout)
     key = plan_key(config, layout, folder)
     path = layout.plan(config["suite"], key)
+    remove_parts(path.parent)
     if _is_whole(path) and _is_whole(path.with_suffix(".tune.parquet")):
         return path
     with tempfile.TemporaryDirectory() as place:

@@ -20,7 +20,7 @@ from ballast.community.bundle import Bundle, check_origin, read_bundle, write_bu
 from ballast.community.bundle_tables import CHANGE_COLUMNS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
-from ballast.files import check_sums, forget_sums, replacing, write_sums
+from ballast.files import check_sums, forget_sums, remove_parts, replacing, write_sums
 from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.keep import CHANGES, ITEMS, RECORDS
 from ballast.locks import held
@@ -73,6 +73,7 @@ def merge(source: Path, suite: Path) -> Report:
                     f"results of suite {bundle.suite!r}, not of {suite.resolve().name!r}"
                 )
             with held(suite, "merge", name=".merge.lock"):
+                remove_parts(suite / COMMUNITY)
                 refused = _take(bundle, suite / COMMUNITY, report)
         except DataError as error:
             refused = [str(error)]

@@ -23,6 +23,7 @@ from ballast.curves import (
 )
 from ballast.devices import DeviceError, lease
 from ballast.errors import BallastError
+from ballast.files import remove_parts_of
 from ballast.layout import Layout
 from ballast.limits import limits_at
 from ballast.plan import row_of
@@ -36,8 +37,10 @@ def run_curve(row: dict[str, Any], layout: Layout, kind: str) -> Path:
     A curve that is there already, under the same keys and settings, is left alone.
     Raises BallastError if the cell has not been run as planned.
     """
+    path = layout.curve(json.loads(row["spec"])["suite"], row["id"], kind)
+    remove_parts_of(path)
     if is_current(row, layout, kind):
-        return layout.curve(json.loads(row["spec"])["suite"], row["id"], kind)
+        return path
     curve = new_curve(row, kind, finished_record(row, layout))
     if not curve["left_out"]:
         if kind == "rewind":
