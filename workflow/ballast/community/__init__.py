@@ -20,7 +20,7 @@ from ballast.community.bundle import Bundle, check_origin, read_bundle, write_bu
 from ballast.community.bundle_tables import CHANGE_COLUMNS
 from ballast.errors import DataError
 from ballast.escape import one_line, shorten
-from ballast.files import check_sums, forget_sums, remove_parts, replacing, write_sums
+from ballast.files import SUMS, check_sums, forget_sums, remove_parts, replacing, write_sums
 from ballast.items import COLUMNS as ITEM_COLUMNS
 from ballast.keep import CHANGES, ITEMS, RECORDS
 from ballast.locks import held
@@ -108,6 +108,9 @@ def _take(bundle: Bundle, community: Path, report: Report) -> list[str]:
         if len(changes):
             _write(pd.concat([_changes(folder, records), changes]), folder / CHANGES)
         _write_origin(folder, records | new, _joined(items, extra))
+    elif not refused and not (folder / SUMS).is_file():
+        # Who wrote the files was killed before this.
+        _seal(folder)
     return refused
 
 
@@ -173,7 +176,11 @@ def _write_origin(folder: Path, records: dict[str, Record], items: pd.DataFrame)
     tables = {ITEMS: items, RECORDS: pd.DataFrame({"id": names, "record": texts})}
     for name, table in tables.items():
         _write(table, folder / name)
-    written = [folder / name for name in (CHANGES, *tables) if (folder / name).is_file()]
+    _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    written = [folder / name for name in (CHANGES, ITEMS, RECORDS) if (folder / name).is_file()]
     write_sums(folder, written)
 
 
