@@ -143,9 +143,7 @@ def killed_run(home: Checkout, seed: int, seconds: float) -> list[str]:
         except subprocess.TimeoutExpired:
             kill(run, tag, whom, draw)
         story.append(f"{whom} after {delay:.1f} s")
-        if whom in ("snakemake", "group"):
-            run.wait()
-        elif number == 2:
+        if whom in ("snakemake", "group") or number == 2:
             run.wait()
         else:
             with contextlib.suppress(ProcessLookupError):
