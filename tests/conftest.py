@@ -24,6 +24,9 @@ LONG = {
 }
 
 
+LONGEST = "test_workflow.py"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name, help in LONG.items():
         parser.addoption(f"--{name}", action="store_true", help=f"run the tests that need {help}")
@@ -39,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
+    # Files go whole to one of several workers: the longest last would leave the others idle.
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture
