@@ -13,6 +13,7 @@ import pytest
 
 import fake_records as fakes
 from ballast.errors import DataError, SuiteError
+from ballast.files import read_sealed
 from ballast.forecast import disk, flops, memory
 from ballast.forecast.architecture import WORLDS, network
 from ballast.forecast.bases import base_size
@@ -638,6 +639,12 @@ def test_a_plan_is_there_before_anything_has_run(home):
     listed = home.run("ballast", "plan", "--cells").splitlines()
     assert [line.split()[0] for line in listed] == ["missing"] * 3
     assert not (home.root / "results/tiny/cells").exists()
+    # What the methods were found to hold is kept; damaged, it is found again.
+    kept = home.root / "results/shared/footprints.json"
+    whole = read_sealed(kept)
+    kept.write_text(kept.read_text()[:-40])
+    assert home.run("ballast", "plan").startswith("tiny: 3 cells, 0 done")
+    assert read_sealed(kept) == whole
 
 
 def test_a_plan_follows_what_is_there(home):

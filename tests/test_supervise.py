@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from ballast import footprint, orphans, progress, supervise
+from ballast import orphans, progress, resident, supervise
 from ballast.layout import Layout
 from ballast.supervise import End, finish_cell, run_limited
 
@@ -156,15 +156,15 @@ def test_memory_is_counted_in_the_unit_of_the_limits():
     code = "import time; held = b'x' * 200_000_000; print(flush=True); time.sleep(60)"
     with subprocess.Popen(python(code), stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        assert 200 < footprint.held_mb(child.pid) < 220
+        assert 200 < resident.held_mb(child.pid) < 220
         # A system that does not tell a process's own memory from its files.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(footprint, "COUNTED", re.compile(rb"^no such line (\d+)$"))
-            resident = psutil.Process(child.pid).memory_info().rss / 1e6
-            assert footprint.held_mb(child.pid) == pytest.approx(resident, rel=0.01)
+            patch.setattr(resident, "COUNTED", re.compile(rb"^no such line (\d+)$"))
+            whole = psutil.Process(child.pid).memory_info().rss / 1e6
+            assert resident.held_mb(child.pid) == pytest.approx(whole, rel=0.01)
         child.kill()
     with pytest.raises(psutil.NoSuchProcess):
-        footprint.held_mb(child.pid)
+        resident.held_mb(child.pid)
 
 
 def test_all_processes_of_the_machine_are_looked_through_only_now_and_then(monkeypatch):
@@ -174,7 +174,7 @@ def test_all_processes_of_the_machine_are_looked_through_only_now_and_then(monke
         looks.append(mark)
         return set()
 
-    monkeypatch.setattr(footprint, "marked", look)
+    monkeypatch.setattr(resident, "marked", look)
     monkeypatch.setattr(supervise, "POLL", 0.05)
     run_limited(python("import time; time.sleep(1.5)"), seconds=60, memory_mb=1000)
     assert len(looks) == 1

@@ -24,7 +24,6 @@ import psutil
 
 from ballast.devices import Lease, lease
 from ballast.errors import BallastError, DataError
-from ballast.footprint import Family
 from ballast.layout import Layout
 from ballast.limits import limits_at
 from ballast.locks import INHERITED, held
@@ -40,6 +39,7 @@ from ballast.outcome import (
 from ballast.plan import read_plan
 from ballast.progress import PIPE, Watcher
 from ballast.records import read_path, status_of
+from ballast.resident import Family
 
 POLL = 0.5  # seconds between looks at the child
 # By these signals others end a cell: a person, the kernel out of memory for someone else's sake.
@@ -81,7 +81,7 @@ def run_limited(
 ) -> End:
     """Run a command to its end or to a limit; its output goes to `output` (None: inherited).
 
-    seconds: wall time; memory_mb: what the child and its children may hold (`footprint`); lock:
+    seconds: wall time; memory_mb: what the child and its children may hold (`resident`); lock:
     file descriptor by which the child holds its folder (`locks.held`) for as long as it lives;
     gpus: those lent to the child (None: it sees what this process sees).
     Nothing that the child started is left. Raises Orphaned, with the child killed, if the process

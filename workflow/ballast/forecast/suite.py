@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ballast.errors import DataError
-from ballast.files import key_of, read_json, write_json
+from ballast.files import key_of, read_sealed, write_sealed
 from ballast.forecast.architecture import Network
 from ballast.forecast.bases import BaseSize, base_folder, base_size
 from ballast.forecast.calibrate import Calibration, Key, calibrated, likeness, usable
@@ -351,8 +352,12 @@ def _asked(
 
 
 def _kept(layout: Layout) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The file of counts, and what it holds: nothing if damaged, as they can be made again."""
     path = layout.shared / "footprints.json"
-    return path, read_json(path) if path.exists() else {}
+    try:
+        return path, read_sealed(path)
+    except DataError:
+        return path, {}
 
 
 def _kept_counts(
@@ -378,7 +383,8 @@ def _counted(
     if new:
         counts = count_in_child(list(new.values()), layout.methods)
         kept |= dict(zip(new, counts, strict=True))
-        write_json(path, kept)
+        with contextlib.suppress(OSError):  # a forecast needs no room to write to
+            write_sealed(path, kept)
     return {group: kept[key] for group, (key, _) in asked.items()}
 
 
