@@ -106,7 +106,7 @@ class Work:
         if about["train_key"] != self.row["train_key"]:
             return None
         # An earlier version wrote none; its parents are taken to be the same.
-        if about.get("parents", self._parents()) != self._parents():
+        if "parents" in about and about["parents"] != adapters_of(self.spec, self.layout):
             self.report.note("made of other weights of its parents; made again")
             return None
         self.report.note("trained before; scoring only")
@@ -211,7 +211,7 @@ class Work:
         tensors = {WEIGHT + name: value for name, value in weights.items()}
         about = {
             "train_key": self.row["train_key"],
-            "parents": self._parents(),
+            "parents": adapters_of(self.spec, self.layout),
             "seconds": dict(self.phases.seconds),
             "memory_mb": dict(self.phases.memory_mb),
             "trainable_parameters": None,
@@ -307,7 +307,7 @@ class Work:
         }
         record["provenance"] |= provenance(self.layout.root, str(self.base.model.device))
         record["provenance"]["resumed_from"] = stored.get("resumed_from")
-        record["provenance"]["parents"] = self._parents()
+        record["provenance"]["parents"] = stored.get("parents", {})
         return record
 
     def _look_at_base(self) -> None:
@@ -442,10 +442,6 @@ class Work:
         state = self.base.model.state_dict()
         for name, value in tensors.items():
             state[name.removeprefix(WEIGHT)].copy_(value)
-
-    def _parents(self) -> dict[str, str | None]:
-        """Digests of the adapters of the parents as their records have them, None if one failed."""
-        return adapters_of(self.spec, self.layout)
 
     def _parent(self, name: str) -> tuple[dict[str, Any], str]:
         """Merged weights of a finished parent that differ from the base's, and its target."""

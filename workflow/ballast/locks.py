@@ -26,6 +26,11 @@ INHERITED = "BALLAST_LOCK"  # file descriptor by which a supervised child holds 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
+def _opened(path: Path) -> int:
+    """A lock's file, made for whoever may write to the folder."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -58,7 +63,7 @@ def held_if_free(folder: Path, name: str = NAME) -> Iterator[bool]:
     Where nothing can be locked (no such folder, no permission, no locks), none does.
     """
     try:
-        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _opened(folder / name)
     except OSError:
         yield True
         return
@@ -93,7 +98,7 @@ def _taken(
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            handle = _opened(path)
         except OSError as error:
             raise DataError(f"{folder}: cannot be written to: {error.strerror}") from None
         try:
